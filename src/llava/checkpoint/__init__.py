@@ -1,0 +1,1 @@
+"""Model folders on disk: open, save, convert."""

@@ -1,0 +1,1 @@
+"""Doors: one file per command; heavy imports happen inside the commands."""

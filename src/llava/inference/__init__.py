@@ -1,0 +1,1 @@
+"""Answering: token ids in, token ids out."""

@@ -1,0 +1,1 @@
+"""Learning: recipes, the loop, state that resumes."""
