@@ -1,0 +1,313 @@
+"""The LLaVA module: pictures and tokens in, hidden states out.
+
+Three children (`vision_tower`, `multi_modal_projector`, `language_model`) and, for tiled pictures with rows marked,
+one learnt row `image_newline`. Tower and language model are transformers' own classes. The placeholders are already
+expanded in `input_ids`, one `image_token_id` for each feature row, so `forward` is one masked write.
+
+Two traps of transformers 5 are closed here. With `attention_mask=None` and position ids that restart, its models
+guess that rows are packed, and branches of a tree lose their picture; with an all-ones mask instead, packed samples
+silently see each other. So restarted positions are refused without a (B, 1, T, T) mask. And with such a mask its
+models drop their sliding window, so the window is put back here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import PromptError
+from llava.model.config import LlavaConfig
+from llava.model.merge import merge_tiles, new_newline
+from llava.model.projector import build_projector
+from llava.model.vision import build_tower, select_features
+
+
+class Llava(nn.Module):
+    """A LLaVA. Build it with `from_parts` (modules in hand) or `from_config` (weights to be loaded after)."""
+
+    def __init__(
+        self, vision_tower: nn.Module, multi_modal_projector: nn.Module, language_model: nn.Module, config: LlavaConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = multi_modal_projector
+        self.language_model = language_model
+        self.image_newline: nn.Parameter | None = None
+        if config.has_newline:
+            with torch.device("cpu"):
+                newline = new_newline(config.text_width)
+            self.image_newline = nn.Parameter(newline.data.to(self.device, self.dtype))
+
+    @classmethod
+    def from_parts(
+        cls,
+        vision_tower: nn.Module,
+        language_model: nn.Module,
+        config: LlavaConfig,
+        *,
+        projector: nn.Module | None = None,
+    ) -> Llava:
+        """Put a tower and a ...ForCausalLM together, with a new projector unless one is given."""
+        chosen = projector or build_projector(config.projector, config.vision_width, config.text_width)
+        return cls(vision_tower, chosen, language_model, config)
+
+    @classmethod
+    def from_config(cls, config: LlavaConfig) -> Llava:
+        """A LLaVA of this shape on the default device; the weights are whatever the classes start with."""
+        tower = build_tower(config.vision_config)
+        return cls.from_parts(tower, build_language_model(config.text_config), config)
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        """The language model's token embedding."""
+        return cast(nn.Embedding, cast(Any, self.language_model).get_input_embeddings())
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The language model's output layer, (..., D) to (..., V)."""
+        return cast(nn.Module, cast(Any, self.language_model).get_output_embeddings())
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its output layer."""
+        return cast(nn.Module, cast(Any, self.language_model).base_model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings live."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the token embeddings."""
+        return self.embed_tokens.weight.dtype
+
+    def encode_images(
+        self,
+        pixel_values: Tensor,
+        *,
+        image_sizes: Sequence[tuple[int, int]] = (),
+        tiles_per_image: Sequence[int] = (),
+    ) -> list[Tensor]:
+        """Features of each picture, as they stand in the token row.
+
+        pixel_values: (N, 3, H, W), all tiles of all pictures in reading order; image_sizes: the pictures' original
+        (height, width); tiles_per_image: how many of the N tiles each picture has (one each when not given).
+        Returns one (F_i, D) tensor a picture. Raises PromptError when the counts disagree.
+        """
+        counts = list(tiles_per_image) or [1] * pixel_values.shape[0]
+        if sum(counts) != pixel_values.shape[0]:
+            raise PromptError(
+                f"{pixel_values.shape[0]} tiles, but tiles_per_image {counts} sums to {sum(counts)}; "
+                "pass the processor's values together"
+            )
+        features = self.encode_tiles(pixel_values)  # (N, P, D)
+        if self.config.merge_type == "flat":
+            return [tiles.flatten(0, 1) for tiles in torch.split(features, counts)]
+        if len(image_sizes) != len(counts):
+            raise PromptError(
+                f"{len(counts)} pictures but {len(image_sizes)} image_sizes; pass one (height, width) each"
+            )
+        return [
+            merge_tiles(tiles, size, self.config, newline=self.image_newline)
+            for tiles, size in zip(torch.split(features, counts), image_sizes, strict=True)
+        ]
+
+    def encode_tiles(self, pixel_values: Tensor) -> Tensor:
+        """Projected features of each tile, (N, 3, H, W) to (N, P, D)."""
+        features = select_features(
+            self.vision_tower,
+            pixel_values.to(self.device),
+            layer=self.config.vision_feature_layer,
+            skipped_tokens=self.config.skipped_tokens,
+        )
+        for parameter in self.multi_modal_projector.parameters():
+            features = features.to(parameter.dtype)
+            break
+        return cast(Tensor, self.multi_modal_projector(features))
+
+    def touch_vision(self) -> Tensor:
+        """A zero that depends on every vision parameter, for a training step without pictures.
+
+        In a distributed run each rank must use the same parameters in each step: add this to the embeddings or the
+        loss when a rank's batch has no picture. Returns a scalar 0 of the embeddings' dtype.
+        """
+        size = self.config.image_size
+        blank = torch.zeros(1, 3, size, size, device=self.device)
+        touched = self.encode_tiles(blank).sum()
+        if self.image_newline is not None:
+            touched = touched + self.image_newline.sum()
+        return (touched * 0).to(self.dtype)
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Token embeddings with the image features written over their placeholders.
+
+        input_ids: (B, T), `image_token_id` at the placeholders (any integer, also outside the embedding's rows);
+        image_features: (F, D), all pictures of the batch in reading order. Returns (B, T, D).
+        Raises PromptError when F is not the number of placeholders.
+        """
+        is_image = input_ids == self.config.image_token_id
+        embeddings = cast(Tensor, self.embed_tokens(input_ids.masked_fill(is_image, 0)))
+        if image_features is None:
+            if bool(is_image.any()):
+                raise PromptError(f"{int(is_image.sum())} image placeholders but no picture; pass pixel_values")
+            return embeddings
+        return place_image_features(embeddings, image_features, is_image)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        image_sizes: Sequence[tuple[int, int]] = (),
+        tiles_per_image: Sequence[int] = (),
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the last layer after the final norm, (B, T, D); `logits` turns them into scores.
+
+        input_ids, position_ids: (B, T). attention_mask: (B, S) with 1 at real tokens (S counts the cached ones too),
+        or (B, 1, T, S) bool with True where a row's token may attend; rows whose positions restart need the latter.
+        past_key_values: a transformers Cache, filled in place. image_features: (F, D), instead of pixel_values.
+        """
+        if use_cache and past_key_values is None:
+            raise ValueError("use_cache=True needs a Cache in past_key_values: it is filled in place")
+        if image_features is None and pixel_values is not None and pixel_values.shape[0] > 0:
+            encoded = self.encode_images(pixel_values, image_sizes=image_sizes, tiles_per_image=tiles_per_image)
+            image_features = torch.cat(encoded)
+        embeddings = self.embed(input_ids, image_features)
+        return self.decode(
+            embeddings,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> Tensor:
+        """The language model on embeddings (B, T, D); arguments and result as in `forward`."""
+        if position_ids is not None:
+            refuse_unmasked_restarts(position_ids, attention_mask)
+        config: Any = cast(Any, self.language_model).config
+        mask: Tensor | Mapping[str, Tensor] | None = attention_mask
+        if attention_mask is not None and attention_mask.dim() == 4:
+            mask = prepare_mask(attention_mask, position_ids, config, embeddings.dtype)
+        extra = {} if position_ids is None or config.model_type == "mpt" else {"position_ids": position_ids}
+        output = self.decoder(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **extra,
+        )
+        return cast(Tensor, output[0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, (..., D) to (..., V)."""
+        return cast(Tensor, self.lm_head(hidden))
+
+
+def build_language_model(text_config: Mapping[str, Any]) -> nn.Module:
+    """A ...ForCausalLM of this configuration on the default device, weights not loaded."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    values = {key: value for key, value in text_config.items() if key != "model_type"}
+    config = CONFIG_MAPPING[text_config["model_type"]](**values)
+    # sdpa takes boolean masks as they are; MPT brings its own attention
+    chosen = {} if config.model_type == "mpt" else {"attn_implementation": "sdpa"}
+    return cast(nn.Module, AutoModelForCausalLM.from_config(config, **chosen))
+
+
+def place_image_features(embeddings: Tensor, features: Tensor, is_image: Tensor) -> Tensor:
+    """Write image features over their placeholder tokens.
+
+    embeddings: (B, T, D) token embeddings; features: (F, D), all pictures of the batch in reading order; is_image:
+    (B, T) bool with exactly F True. Returns (B, T, D) in embeddings' dtype.
+    Raises PromptError when the counts differ. After Liu et al. 2023 (arXiv:2304.08485), section 4.1.
+    """
+    num_placeholders = int(is_image.sum())
+    if num_placeholders != features.shape[0]:
+        raise PromptError(
+            f"{num_placeholders} image placeholders in the tokens but {features.shape[0]} image features; "
+            "the tokens and the pictures must come from the same processor call"
+        )
+    return embeddings.masked_scatter(is_image[..., None], features.to(embeddings))
+
+
+def refuse_unmasked_restarts(position_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise ValueError when positions restart inside a row and no (B, 1, T, S) mask says who may see whom.
+
+    position_ids: (B, T); attention_mask: None, (B, S) or (B, 1, T, S). Padding (0 in a (B, S) mask) does not count.
+    """
+    if position_ids.shape[1] < 2 or (attention_mask is not None and attention_mask.dim() == 4):
+        return
+    broken = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if attention_mask is not None:
+        real = attention_mask[:, -position_ids.shape[1] :].bool()
+        broken = broken & real[:, 1:] & real[:, :-1]
+    if bool(broken.any()):
+        raise ValueError(
+            "position_ids restart inside a row, so the row is packed: pass attention_mask as (B, 1, T, T) bool "
+            "(Batch.attention_mask()); without it packed samples see each other or lose their picture"
+        )
+
+
+def prepare_mask(
+    allowed: Tensor, position_ids: Tensor | None, config: Any, dtype: torch.dtype
+) -> Tensor | Mapping[str, Tensor]:
+    """An explicit mask in the form that this language model takes, with its sliding window put back.
+
+    allowed: (B, 1, T, S) bool. The window counts positions, not columns: a branch's tokens are as near to the shared
+    prefix as they would be in a row of their own. Returns bool for sdpa, an additive float mask for eager attention,
+    and a mapping by layer type where layers differ.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    if window is None or position_ids is None or int(position_ids.max()) < window:
+        narrowed = allowed
+    else:
+        if allowed.shape[-1] != allowed.shape[-2]:
+            raise ValueError("an explicit mask over cached tokens is not supported with a sliding window")
+        distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]  # (B, 1, T, T)
+        narrowed = allowed & (distance < window)
+    as_taken = {"full_attention": allowed, "sliding_attention": narrowed}
+    if config.model_type == "mpt":
+        _refuse_trees_for_alibi(allowed, position_ids)
+    if getattr(config, "_attn_implementation", "sdpa") == "eager":
+        lowest = torch.finfo(dtype).min
+        as_taken = {
+            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+            for kind, mask in as_taken.items()
+        }
+    if kinds == {"full_attention", "sliding_attention"}:
+        return as_taken
+    if kinds == {"full_attention"} or window is None:
+        return as_taken["full_attention"]
+    return as_taken["sliding_attention"]
+
+
+def _refuse_trees_for_alibi(allowed: Tensor, position_ids: Tensor | None) -> None:
+    """Raise ValueError for trees on MPT: its ALiBi counts columns, so only plain packing is exact."""
+    if position_ids is None:
+        return
+    offset = torch.arange(position_ids.shape[1], device=position_ids.device)[None] - position_ids  # (B, T)
+    different = offset[:, :, None] != offset[:, None, :]  # constant inside a sample
+    if bool((allowed[:, 0] & different).any()):
+        raise ValueError("MPT's ALiBi counts columns, so branches cannot share a prefix; pack without trees")
