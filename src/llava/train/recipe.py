@@ -1,0 +1,398 @@
+"""Recipes: what a training run is, as data. One YAML file, five sections, every key known, every error with its line.
+
+    recipe = load_recipe("quickstart-align", ["optim.learning_rate=1e-3"])
+
+A recipe may say `extends: other.yaml` once; the other one may not extend again, so two files tell the whole story.
+Not covered: whether the files that a recipe names exist (train/run.py looks before it starts).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llava.errors import RecipeError, name_nearest
+
+Rate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, strings are not turned into numbers, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """What the run starts from: an existing LLaVA (`path`), or a language model and a vision tower (stage 1)."""
+
+    path: str | None = Field(
+        default=None, description="A LLaVA folder or hub id to start from (stage 2 starts from stage 1's)."
+    )
+    language_model: str | None = Field(
+        default=None, description="A language model folder or hub id (with vision_tower)."
+    )
+    vision_tower: str | None = Field(
+        default=None, description="A CLIP or SigLIP folder or hub id (with language_model)."
+    )
+    base: str | None = Field(default=None, description="The language model beneath a projector-only or LoRA `path`.")
+    projector: str = Field(default="mlp2x_gelu", description="linear, mlpNx_gelu or identity; only for a new model.")
+    match_embedding_scale: bool = Field(
+        default=False,
+        description="Scale a new projector's output to the spread of the word embeddings; only for a new model.",
+    )
+    vision_feature_layer: int | None = Field(
+        default=None, description="The tower's hidden state to read; only for a new model."
+    )
+    image_mode: Literal["pad", "crop", "squash", "anyres"] | None = Field(
+        default=None, description="How a picture is brought to the tower's size; only for a new model."
+    )
+    template: str | None = Field(
+        default=None, description="The chat template of training (`llava train` saves it in the model)."
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSection:
+        if self.path is None and (self.language_model is None or self.vision_tower is None):
+            raise ValueError("give `path`, or both `language_model` and `vision_tower`")
+        if self.path is not None and (self.language_model is not None or self.vision_tower is not None):
+            raise ValueError("`path` is a whole LLaVA: drop `language_model` and `vision_tower`, or drop `path`")
+        return self
+
+
+class DataSection(Section):
+    """Which conversations, and how they are laid into rows."""
+
+    files: list[str] = Field(min_length=1, description="LLaVA JSON or JSONL files, read one after another.")
+    images: str | None = Field(
+        default=None, description="The folder that picture paths begin in; default: the file's folder."
+    )
+    template: str | None = Field(
+        default=None, description="Another template for this run's text only (stage 1 of LLaVA-1.5 trains on `plain`)."
+    )
+    max_tokens: Count = Field(default=2048, description="The longest conversation, pictures included.")
+    too_long: Literal["error", "drop"] = Field(
+        default="error", description="What to do with a longer one; drops are counted."
+    )
+    row_tokens: Count = Field(default=4096, description="The longest row that conversations are packed into.")
+    group_by_picture: bool = Field(
+        default=True, description="Conversations on one picture share its tokens in one tree."
+    )
+    conversations_per_tree: Count = Field(
+        default=12, description="At most so many conversations share a picture's tokens."
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="Threads that prepare batches ahead; 0: none.")
+
+
+class TuneSection(Section):
+    """What learns. A frozen part keeps its weights; `full` trains every weight that the loss reaches."""
+
+    vision_tower: Literal["frozen", "full"] = "frozen"
+    projector: Literal["frozen", "full"] = "full"
+    language_model: Literal["frozen", "full"] = "frozen"
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> TuneSection:
+        if "full" not in (self.vision_tower, self.projector, self.language_model):
+            raise ValueError("every part is frozen; set one of vision_tower, projector, language_model to full")
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its schedule. A global step holds `batch_conversations` conversations whatever the layout."""
+
+    learning_rate: Rate = Field(description="Peak learning rate of every trained part that has none of its own.")
+    projector_learning_rate: Rate | None = None
+    vision_tower_learning_rate: Rate | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_share: Share = Field(default=0.03, description="Share of all steps over which the rate rises from 0.")
+    final_share: Share = Field(default=0.0, description="The rate at the last step, as a share of the peak.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    batch_conversations: Count = Field(
+        default=128, description="Conversations in one global step, all processes together."
+    )
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Count | None = Field(default=None, description="Stop after so many steps even if epochs remain.")
+
+
+class RunSection(Section):
+    """Where, with what, how often."""
+
+    out: str | None = Field(default=None, description="The run's folder; it becomes a model that `llava chat` opens.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="What matrix products are computed in."
+    )
+    micro_batch_tokens: Count = Field(
+        default=16384, description="At most so many tokens (with padding) go forward at once."
+    )
+    log_every: Count = 1
+    save_every: Count = Field(default=500, description="Steps between checkpoints that a later run resumes from.")
+    keep: Count = Field(default=2, description="How many checkpoints stay on disk.")
+    max_bad_steps: Count = Field(
+        default=10, description="Give up after so many steps in a row with a non-finite gradient."
+    )
+    sample_every: Count | None = Field(default=None, description="Steps between sample answers; default: none.")
+    sample_images: list[str] = Field(default_factory=list, description="Pictures to answer about while training.")
+    sample_questions: list[str] = Field(default_factory=lambda: ["Describe the picture."])
+
+
+class Recipe(Section):
+    """A whole run. `description` is what `llava recipe list` shows."""
+
+    description: str = ""
+    model: ModelSection
+    data: DataSection
+    tune: TuneSection = TuneSection()
+    optim: OptimSection
+    run: RunSection = RunSection()
+
+    def as_yaml(self) -> str:
+        """The resolved recipe: every key with its value, so that the run can be repeated from this text alone."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, or a shipped one by its name, with `section.key=value` overrides applied.
+
+    Raises RecipeError naming file, line, value and the nearest key.
+    """
+    path = find_recipe(name)
+    tree = _read_tree(path)
+    tree = _extend(tree, path)
+    for override in overrides:
+        _override(tree, override)
+    return check_recipe(tree.values, where=tree.where, source=str(name))
+
+
+def check_recipe(
+    values: Mapping[str, Any], *, where: Mapping[Path_, str] | None = None, source: str = "recipe"
+) -> Recipe:
+    """Values (as from YAML) to a Recipe. `where` maps a key's path to the "file:line" that set it."""
+    try:
+        return Recipe.model_validate(_numbers_where_wanted(values))
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where or {}, source)) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    folder = Path(str(resources.files("llava") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file that `name` means: a path, or the name of a shipped recipe."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such recipe file")
+        return path
+    shipped = shipped_recipes()
+    if str(name) not in shipped:
+        raise RecipeError(f"{name}: no recipe file and no shipped recipe; {name_nearest(str(name), shipped)}")
+    return shipped[str(name)]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "A recipe whose values this one changes."}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+Path_ = tuple[str, ...]
+
+
+@dataclass
+class _Tree:
+    """Values with the place that set each of them."""
+
+    values: dict[str, Any]
+    where: dict[Path_, str] = field(default_factory=dict)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2e-5 is a number (YAML 1.1 wants 2.0e-5) and on/off/yes/no stay words."""
+
+
+_FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+    ]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _read_tree(path: Path) -> _Tree:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+        tree = _Tree({})
+        _note_lines(node, (), path, tree.where)
+        values = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+    tree.values = values
+    return tree
+
+
+def _note_lines(node: yaml.Node, prefix: Path_, path: Path, where: dict[Path_, str]) -> None:
+    """Record the line of every key, and refuse a key that stands twice (YAML itself keeps the last in silence)."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            where[(*prefix, str(index))] = f"{path}:{item.start_mark.line + 1}"
+            _note_lines(item, (*prefix, str(index)), path, where)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*prefix, str(key.value))
+        line = f"{path}:{key.start_mark.line + 1}"
+        if here in where:
+            raise RecipeError(f"{line}: {'.'.join(here)} is set twice (first at {where[here]})")
+        where[here] = line
+        _note_lines(value, here, path, where)
+
+
+def _extend(tree: _Tree, path: Path) -> _Tree:
+    """Lay the tree over the recipe that it extends, if it does."""
+    if "extends" not in tree.values:
+        return tree
+    name = tree.values.pop("extends")
+    line = tree.where[("extends",)]
+    if not isinstance(name, str):
+        raise RecipeError(f"{line}: extends: {name!r} is not the name of a recipe")
+    beside = path.parent / name
+    parent_path = beside if beside.is_file() else find_recipe(name)
+    parent = _read_tree(parent_path)
+    if "extends" in parent.values:
+        raise RecipeError(
+            f"{line}: {parent_path} extends another recipe itself; extend once only, so that two files tell the whole"
+        )
+    return _Tree(_merge(parent.values, tree.values), {**parent.where, **tree.where})
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(tree: _Tree, text: str) -> None:
+    """Apply one `section.key=value`; the value is read as YAML."""
+    name, equals, raw = text.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"{text!r}: an override is section.key=value, for example optim.learning_rate=1e-3")
+    try:
+        value = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{text!r}: the value is not YAML; put quotes around it") from error
+    values = tree.values
+    for key in keys[:-1]:
+        child = values.get(key)
+        if not isinstance(child, dict):
+            child = {}
+            values[key] = child
+        values = child
+    values[keys[-1]] = value
+    tree.where[keys] = f"override {text!r}"
+
+
+# --- explaining ------------------------------------------------------------------------------------------------
+
+
+def _numbers_where_wanted(values: Any) -> Any:
+    """YAML mappings with string keys only; other keys (numbers, null) become text, to be refused by name."""
+    if isinstance(values, Mapping):
+        return {
+            str(key) if isinstance(key, Hashable) else repr(key): _numbers_where_wanted(v) for key, v in values.items()
+        }
+    return values
+
+
+def _explain(error: ValidationError, where: Mapping[Path_, str], source: str) -> str:
+    """One line for the first problem, with the count of the others."""
+    problems = error.errors(include_url=False)
+    # An unknown key often explains a missing one, so it comes first.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    path = tuple(str(part) for part in first["loc"])
+    place = _place(path, where, source)
+    name = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        text = f"{place}: unknown key {name}; {name_nearest(path[-1], _known_keys(path[:-1]))}"
+    elif first["type"] == "missing":
+        text = f"{place}: {name} is missing" + _describe(path)
+    elif first["type"] == "value_error":
+        text = f"{place}: {name or 'recipe'}: {first['ctx']['error']}"
+    else:
+        text = f"{place}: {name}: {first['input']!r}: {_lower_first(first['msg'])}"
+    others = len(problems) - 1
+    return text + (f" (and {others} more)" if others else "")
+
+
+def _place(path: Path_, where: Mapping[Path_, str], source: str) -> str:
+    """The place that set the key, or the nearest section above it."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in where:
+            return where[path[:length]]
+    return source
+
+
+def _known_keys(path: Path_) -> Iterable[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ()
+        section = annotation
+    return section.model_fields
+
+
+def _describe(path: Path_) -> str:
+    section: type[BaseModel] = Recipe
+    for part in path[:-1]:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        section = annotation
+    description = section.model_fields[path[-1]].description if path[-1] in section.model_fields else None
+    return f" ({description})" if description else ""
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
