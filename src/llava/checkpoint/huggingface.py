@@ -1,0 +1,250 @@
+"""Hugging Face layout: `llava`, `llava_next`, and `llava_onevision` for pictures. Read and written.
+
+What is written opens in stock transformers (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration), vLLM
+and SGLang; every reader takes the tower's classic `vision_tower.vision_model.` names, so those are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name
+from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened
+from llava.checkpoint.weights import Source, held, read_folder, write_safetensors, write_text
+from llava.errors import CheckpointError
+from llava.model.config import LlavaConfig
+from llava.model.llava import Llava
+
+if TYPE_CHECKING:
+    from llava.prompt.processor import Processor
+
+MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
+SECOND_LAYER = "multi_modal_projector.linear_2."
+
+
+def detect(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder with this config.json is in this layout. The original's v0 also says "llava", without parts."""
+    return config.get("model_type") in MODEL_TYPES and "text_config" in config
+
+
+def read(folder: Path, data: Mapping[str, Any]) -> Opened:
+    """Understand a folder; `data` is its config.json. Raises CheckpointError for keys that no name fits."""
+    config = LlavaConfig.from_dict(data, origin=str(folder / "config.json"))
+    activation = data.get("projector_hidden_act", "gelu")
+    if activation != "gelu" and config.projector.startswith("mlp"):
+        raise CheckpointError(f"{folder / 'config.json'}: projector_hidden_act {activation!r}; only gelu is known here")
+    tensors, unknown = HUGGINGFACE.rename_all(read_folder(folder))
+    ignored = {name: "computed, not learnt" for name in unknown if COMPUTED.search(name)}
+    strangers = [name for name in unknown if name not in ignored]
+    if strangers:
+        raise CheckpointError(
+            f"{folder}: unexpected key {strangers[0]!r} ({len(strangers)} in all); not a LLaVA's name"
+        )
+    by_block = "config.json: llava block" if "llava" in data else f"config.json: model_type {data['model_type']!r}"
+    return Opened(
+        format=f"huggingface {data['model_type']}",
+        folder=folder,
+        config=_with_present_parts(config, tensors),
+        tensors=_without_padding_layers(tensors, config, folder),
+        processor=lambda: load_processor(folder),
+        decisions=(
+            Decision("format", f"huggingface {data['model_type']}", "config.json: model_type and text_config"),
+            Decision("language model", str(config.text_config["model_type"]), "config.json: text_config.model_type"),
+            Decision("vision tower", str(config.vision_config["model_type"]), "config.json: vision_config.model_type"),
+            Decision("projector", config.projector, by_block),
+            Decision("template", config.template, by_block),
+            Decision("image mode", config.image_mode, by_block),
+            Decision("merge type", config.merge_type, by_block),
+        ),
+        ignored=ignored,
+    )
+
+
+def load_processor(folder: Path) -> Processor:
+    """The Processor of a folder in this layout."""
+    from llava.prompt.processor import Processor
+
+    return Processor.load(folder)
+
+
+def _with_present_parts(config: LlavaConfig, tensors: Mapping[str, Source]) -> LlavaConfig:
+    """SigLIP's pooling head and a stock anyres model's newline are there or not; the keys decide."""
+    if config.vision_config["model_type"] == "siglip_vision_model":
+        has_head = any(name.startswith("vision_tower.vision_model.head.") for name in tensors)
+        config = config.with_changes(vision_config={**config.vision_config, "vision_use_head": has_head})
+    return config
+
+
+def _without_padding_layers(tensors: Mapping[str, Source], config: LlavaConfig, folder: Path) -> Mapping[str, Source]:
+    """Undo `_as_two_layers`: leave out the identity layers that stand in for a projector of fewer than two layers."""
+    if config.projector not in ("linear", "identity"):
+        return tensors
+    kept = {}
+    for name, source in tensors.items():
+        filler = name.startswith(SECOND_LAYER if config.projector == "linear" else "multi_modal_projector.")
+        if not filler:
+            kept[name] = source
+            continue
+        value = source.read().float()
+        unit = torch.eye(value.shape[0]) if value.dim() == 2 else torch.zeros(value.shape[0])
+        if not torch.equal(value, unit):
+            raise CheckpointError(
+                f"{source.file}: {source.key!r} is not an identity layer, but config.json says projector "
+                f"{config.projector!r}; set llava.projector to 'mlp2x_gelu' if it was trained as one"
+            )
+    return kept
+
+
+def save(model: Llava, processor: Processor, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> Path:
+    """Write a model and its processor as a folder that stock transformers opens; returns the folder.
+
+    Written to a temporary folder beside it, put on the disk, then moved into place: a reader sees the old state or
+    the new one. Raises CheckpointError for parameters that are not held here (sharded or quantised).
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not (parameter.is_floating_point() or parameter.dtype == torch.bool):
+            raise CheckpointError(f"cannot save {name!r}: it is quantised or not on this process; merge or gather it")
+        common = common_name(name, model)
+        tensors[common] = held(common, parameter.detach(), file=Path("memory"))
+    return write(model.config, tensors, processor.save, folder, max_shard_bytes=max_shard_bytes)
+
+
+def write(
+    config: LlavaConfig,
+    tensors: Mapping[str, Source],
+    save_processor: Callable[[Path], None],
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    advance: Callable[[int], None] | None = None,
+    verify: Callable[[Path, Mapping[str, Source]], None] | None = None,
+) -> Path:
+    """Write tensors under common names in this layout. `verify` sees the temporary folder before it is moved."""
+    config, tensors = prepare(config, tensors)
+    with replaced_folder(Path(folder)) as temporary:
+        write_safetensors(temporary, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=advance)
+        save_processor(temporary)
+        # after the processor, which may write its own view of the folder's config.json
+        write_text(temporary / "config.json", json.dumps(_config_json(config, tensors, dtype), indent=2) + "\n")
+        if verify is not None:
+            verify(temporary, tensors)
+    return Path(folder)
+
+
+def prepare(config: LlavaConfig, tensors: Mapping[str, Source]) -> tuple[LlavaConfig, dict[str, Source]]:
+    """Config and tensors as this layout holds them: two projector layers, a row for the image token, head last."""
+    config, grown = with_row_for_image(config, dict(tensors))
+    if config.text_config.get("tie_word_embeddings"):
+        grown.pop(HEAD, None)
+    return config, _as_two_layers(config, grown)
+
+
+def _config_json(config: LlavaConfig, tensors: Mapping[str, Source], dtype: torch.dtype | None) -> dict[str, Any]:
+    data = config.to_dict()
+    used = dtype or next(source.dtype for source in tensors.values() if source.dtype.is_floating_point)
+    data["dtype"] = data["torch_dtype"] = str(used).removeprefix("torch.")
+    return data
+
+
+def _as_two_layers(config: LlavaConfig, tensors: dict[str, Source]) -> dict[str, Source]:
+    """Stock classes always have two projector layers: a linear projector is written with an identity as the second
+    (and projector_hidden_act "linear"), the identity projector with two. Deeper ones open here only."""
+    if config.projector not in ("linear", "identity"):
+        return tensors
+    dtype = next(source.dtype for source in tensors.values() if source.dtype.is_floating_point)
+    width = config.text_width
+    for layer in (1, 2) if config.projector == "identity" else (2,):
+        for leaf, value in (("weight", torch.eye(width, dtype=dtype)), ("bias", torch.zeros(width, dtype=dtype))):
+            name = f"multi_modal_projector.linear_{layer}.{leaf}"
+            tensors[name] = held(name, value, file=Path("memory"))
+    return tensors
+
+
+def with_row_for_image(config: LlavaConfig, tensors: dict[str, Source]) -> tuple[LlavaConfig, dict[str, Source]]:
+    """Grow the embedding and the output layer so that the image token's id is one of their rows.
+
+    Stock classes look the placeholder up before they overwrite it. New rows are the mean of the old ones, so no
+    answer ever prefers them; the vocabulary is rounded up to a multiple of 64, as published folders do.
+    """
+    rows = config.vocab_size
+    if config.image_token_id < 0:
+        raise CheckpointError(f"image_token_id {config.image_token_id} cannot be written: give the token a row first")
+    if config.image_token_id < rows:
+        return config, tensors
+    wanted = -(-(config.image_token_id + 1) // 64) * 64
+    for name in (*EMBEDDINGS, HEAD):
+        if name in tensors:
+            tensors[name] = grown_rows(tensors[name], wanted)
+    return config.with_changes(text_config={**config.text_config, "vocab_size": wanted}), tensors
+
+
+def grown_rows(source: Source, rows: int) -> Source:
+    """A matrix (V, D) with rows added up to `rows`, each the mean of the old ones (in float32)."""
+
+    def read() -> torch.Tensor:
+        old = source.read()
+        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
+        return torch.cat([old, mean.expand(rows - old.shape[0], -1)])
+
+    return source.changed(read, shape=(rows, *source.shape[1:]))
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed otherwise.
+
+    An existing folder keeps its other files: each new file replaces its namesake, old weight files go, config.json
+    comes last. Raises CheckpointError when the place is a file or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; name a folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        _sync(temporary)
+        if folder.exists() and any(folder.iterdir()):
+            _replace_files(temporary, folder)
+        else:
+            temporary.replace(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_files(temporary: Path, folder: Path) -> None:
+    fresh = {path.name for path in temporary.iterdir()}
+    for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
+        if old.name not in fresh:
+            old.unlink()
+    for path in sorted(temporary.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
+        if path.is_dir() and (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        path.replace(folder / path.name)
+
+
+def _sync(path: Path) -> None:
+    """Put a file or a folder's entries on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

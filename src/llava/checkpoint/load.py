@@ -1,0 +1,242 @@
+"""The one way to open a model: `load` a folder of any known layout, or `build` a new LLaVA from two pretrained parts.
+
+What a folder is, is decided by its files and by config.json, never by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from llava.checkpoint import huggingface
+from llava.checkpoint.opened import LoadReport, Opened, materialise
+from llava.checkpoint.parts import open_language_model, open_tower
+from llava.checkpoint.weights import Source, held
+from llava.distributed import pick_device, pick_dtype
+from llava.errors import CheckpointError, UnknownFormatError, UsageError
+from llava.model.config import LlavaConfig
+from llava.model.llava import Llava
+from llava.model.projector import build_projector, initialise_projector, scale_output
+
+if TYPE_CHECKING:
+    from llava.prompt.processor import Processor
+    from llava.prompt.tokenizer import Tokenizer
+
+NEW = Path("new")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An opened model, the processor that belongs to it, and the account of what was read."""
+
+    model: Llava
+    processor: Processor
+    report: LoadReport
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout: whether a folder with this config.json is one, and how it is understood."""
+
+    detect: Callable[[Path, Mapping[str, Any]], bool]
+    read: Callable[[Path, Mapping[str, Any]], Opened]
+    looks_like: str
+
+
+FORMATS: dict[str, Format] = {
+    "huggingface": Format(
+        huggingface.detect,
+        huggingface.read,
+        "config.json with model_type llava, llava_next or llava_onevision and a text_config",
+    ),
+}
+
+
+def load(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    load_in: Literal["4bit", "8bit"] | None = None,
+) -> Loaded:
+    """Open a model from a folder or hub id: `loaded = llava.load("llava-hf/llava-1.5-7b-hf")`.
+
+    base: the language model (or whole LLaVA) that a projector, LoRA or delta folder stands on. device, dtype: names
+    ("cuda:0", "bfloat16"); chosen for this machine when None. load_in: quantise the language model's linear layers
+    (needs `llava[quant]`). Raises UnknownFormatError when no layout fits, CheckpointError when tensors are missing,
+    unexpected or of a wrong shape.
+    """
+    opened = open_checkpoint(path, base=base)
+    where = pick_device(device)
+    what = pick_dtype(where, dtype)
+    if load_in is not None:
+        raise UsageError(f"load_in {load_in!r}: not supported yet; load in bfloat16")
+    model, report = materialise(opened, device=where, dtype=what)
+    return Loaded(model, opened.processor(), report)
+
+
+def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Opened:
+    """Understand a folder or hub id without reading its tensors."""
+    folder = find_folder(path)
+    data = read_config(folder)
+    for form in FORMATS.values():
+        if form.detect(folder, data):
+            return form.read(folder, data)
+    looked = "; ".join(f"{name}: {form.looks_like}" for name, form in FORMATS.items())
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder"
+    kind = f" (config.json: model_type {data.get('model_type')!r})" if data else ""
+    raise UnknownFormatError(f"{folder}: no known layout. Looked for {looked}. Found: {found}{kind}")
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder of a path, or of a hub id ("org/name") after its download. Raises CheckpointError for neither."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    text = str(path)
+    if folder.exists():
+        raise CheckpointError(f"{text}: is a file, not a model folder")
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(f"{text}: no such folder; a hub id looks like llava-hf/llava-1.5-7b-hf")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{text}: no such folder here, and the hub could not give it ({reason})") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, {} when it has none. Raises CheckpointError when it is not a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); restore it from the model's page") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: not a JSON object; restore it from the model's page")
+    return data
+
+
+def build(
+    language_model: str | Path,
+    vision_tower: str | Path,
+    *,
+    projector: str = "mlp2x_gelu",
+    template: str = "vicuna_v1",
+    image_mode: str = "pad",
+    vision_feature_layer: int = -2,
+    vision_feature_select: str = "patch",
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = (),
+    merge_type: str | None = None,
+    seed: int = 0,
+    match_embedding_scale: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Loaded:
+    """A new LLaVA from a pretrained causal language model and a pretrained vision tower (folders or hub ids).
+
+    `<image>` is added to the tokenizer unless it is there, and the embedding grows to hold it: new rows are the mean
+    of the old ones and the vocabulary is rounded up to a multiple of 64. The projector is drawn from `seed`; with
+    match_embedding_scale its output on noise has the standard deviation of the word embeddings, so that picture rows
+    are no larger than words at the first step.
+    """
+    from llava.prompt.tokenizer import load_tokenizer
+
+    language, tower = find_folder(language_model), find_folder(vision_tower)
+    text_config, tensors = open_language_model(language, read_config(language))
+    vision_config, tower_tensors = open_tower(tower, read_config(tower))
+    tokenizer = load_tokenizer(language)
+    if tokenizer.has_token("<image>"):
+        image_token_id = tokenizer.token_id("<image>")
+    else:
+        (image_token_id,) = tokenizer.add_special_tokens(["<image>"])
+    merge = merge_type or ("spatial_unpad" if image_mode == "anyres" else "flat")
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=image_token_id,
+        projector=projector,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select=vision_feature_select,  # type: ignore[arg-type]  # checked by LlavaConfig
+        image_mode=image_mode,  # type: ignore[arg-type]
+        image_grid_pinpoints=image_grid_pinpoints,
+        merge_type=merge,  # type: ignore[arg-type]
+        template=template,
+    )
+    config, grown = huggingface.with_row_for_image(config, {**tensors, **tower_tensors})
+    fresh = _new_parts(config, seed)
+    opened = Opened(
+        format="new from two parts",
+        folder=language,
+        config=config,
+        tensors={**grown, **fresh},
+        processor=lambda: make_processor(config, tokenizer, tower),
+        notes=(f"language model from {language}", f"vision tower from {tower}", f"new parts drawn from seed {seed}"),
+    )
+    where = pick_device(device)
+    model, report = materialise(opened, device=where, dtype=pick_dtype(where, dtype))
+    if match_embedding_scale:
+        _match_embedding_scale(model, seed)
+    return Loaded(model, opened.processor(), report)
+
+
+def _new_parts(config: LlavaConfig, seed: int) -> dict[str, Source]:
+    """Projector and newline of a new LLaVA, as sources marked new."""
+    from llava.model.merge import new_newline
+
+    projector = build_projector(config.projector, config.vision_width, config.text_width)
+    initialise_projector(projector, seed=seed)
+    values = {f"multi_modal_projector.{name}": p.detach() for name, p in projector.named_parameters()}
+    if config.has_newline:
+        values["image_newline"] = new_newline(config.text_width).detach()
+    return {name: held(f"new:{name}", value, file=NEW) for name, value in values.items()}
+
+
+@torch.no_grad()
+def _match_embedding_scale(model: Llava, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = model.config.image_size
+    noise = torch.randn(4, 3, size, size, generator=generator)
+    from llava.model.vision import select_features
+
+    features = select_features(
+        model.vision_tower,
+        noise.to(model.device),
+        layer=model.config.vision_feature_layer,
+        skipped_tokens=model.config.skipped_tokens,
+    )
+    target = model.embed_tokens.weight.float().std().item()
+    scale_output(model.multi_modal_projector, features.to(model.dtype), target_std=target)
+
+
+def make_processor(config: LlavaConfig, tokenizer: Tokenizer, images_from: Path) -> Processor:
+    """The Processor of a configuration, a tokenizer and the folder that says how pictures are normalised.
+
+    It goes through a folder of our own layout, so that a model built here and the same model saved and opened again
+    cannot differ. Raises CheckpointError when there is no preprocessor_config.json.
+    """
+    from llava.prompt.processor import Processor
+
+    normalisation = images_from / "preprocessor_config.json"
+    if not normalisation.is_file():
+        raise CheckpointError(f"{normalisation}: missing; copy it from the vision tower's page (mean, std, size)")
+    with tempfile.TemporaryDirectory(prefix="llava-processor-") as name:
+        folder = Path(name)
+        tokenizer.save(folder)
+        shutil.copyfile(normalisation, folder / normalisation.name)
+        (folder / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
+        return Processor.load(folder)
