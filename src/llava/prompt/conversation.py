@@ -14,6 +14,7 @@ import base64
 import binascii
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import unquote_to_bytes
@@ -118,14 +119,14 @@ def from_record(record: object, *, resolve_image: ResolveImage = Path, origin: s
 def from_llava(record: Mapping[str, Any], *, resolve_image: ResolveImage = Path, origin: str = "") -> Conversation:
     """Read `{id?, image?: path or list of paths, conversations: [{from: human|gpt, value}]}`.
 
-    Each `<image>` takes the next picture. A first turn by `gpt` is dropped, as the original LLaVA and XTuner do.
-    Raises DataError when turns do not alternate or marks and pictures differ in number.
+    Each `<image>` takes the next picture. A first turn by `gpt` is kept here; most templates leave it out, as the
+    original LLaVA and XTuner do. Raises DataError when turns do not alternate or marks and pictures differ in number.
     """
     where = _at(origin)
     turns = _turns(record, "conversations", where)
     pairs = [(_role(turn, "from", where), _string(turn, "value", where)) for turn in turns]
     sources = _sources(record.get("image"), "image", resolve_image, where)
-    return _assemble(_without_leading_answer(pairs), sources, origin, alternate=True)
+    return _assemble(pairs, sources, origin)
 
 
 def from_pairs(record: Mapping[str, Any], *, resolve_image: ResolveImage = Path, origin: str = "") -> Conversation:
@@ -142,7 +143,7 @@ def from_pairs(record: Mapping[str, Any], *, resolve_image: ResolveImage = Path,
                 )
             pairs.append((_ROLES[role], value))
     sources = _sources(record.get("image"), "image", resolve_image, where)
-    return _assemble(pairs, sources, origin, alternate=True)
+    return _assemble(pairs, sources, origin)
 
 
 def from_sharegpt(record: Mapping[str, Any], *, resolve_image: ResolveImage = Path, origin: str = "") -> Conversation:
@@ -159,7 +160,7 @@ def from_sharegpt(record: Mapping[str, Any], *, resolve_image: ResolveImage = Pa
         pairs.insert(0, ("system", system))
     pictures = record.get("images", record.get("image"))
     sources = _sources(pictures, "images", resolve_image, where)
-    return _assemble(_without_leading_answer(pairs), sources, origin, alternate=True)
+    return _assemble(pairs, sources, origin)
 
 
 def from_openai(
@@ -177,19 +178,20 @@ def from_openai(
     """
     where = _at(origin)
     sources: list[ImageSource] | None = None
+    turns: object = messages
     if isinstance(messages, Mapping):
         record = messages
         for unknown in ("videos", "audios", "tools", "objects"):
             if record.get(unknown):
                 raise error(f"{where}{unknown!r} are not supported; drop them from the record")
-        messages = _list(record, "messages", where, error)
+        turns = _list(record, "messages", where, error)
         pictures = record.get("images", record.get("image"))
         if pictures is not None:
             sources = _sources(pictures, "images", resolve_image, where, error)
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise error(f"{where}messages must be a list of objects, not {_short(messages)}")
+    if isinstance(turns, str) or not isinstance(turns, Sequence):
+        raise error(f"{where}messages must be a list of objects, not {_short(turns)}")
     read: list[Message] = []
-    for number, turn in enumerate(messages):
+    for number, turn in enumerate(turns):
         here = f"{where}messages[{number}]: "
         if not isinstance(turn, Mapping):
             raise error(f"{here}must be an object with role and content, not {_short(turn)}")
@@ -252,21 +254,15 @@ def _content_parts(content: object, resolve_image: ResolveImage, where: str, err
             raise error(f"{where}unknown part type {kind!r}; known: text, image_url, image")
 
 
-def _assemble(
-    pairs: Sequence[tuple[Role, str]], sources: Sequence[ImageSource], origin: str, *, alternate: bool
-) -> Conversation:
+def _assemble(pairs: Sequence[tuple[Role, str]], sources: Sequence[ImageSource], origin: str) -> Conversation:
     where = _at(origin)
     if not pairs:
         raise DataError(f"{where}no turns; a conversation needs at least one human turn")
     _check_system_first([role for role, _ in pairs], where, DataError)
     spoken = [role for role, _ in pairs if role != "system"]
-    if alternate:
-        for number, role in enumerate(spoken):
-            expected = "user" if number % 2 == 0 else "assistant"
-            if role != expected:
-                raise DataError(
-                    f"{where}turn {number + 1} is by the {role}, expected the {expected}: turns must alternate"
-                )
+    for number, (before, role) in enumerate(pairwise(spoken), start=2):
+        if before == role:
+            raise DataError(f"{where}turns {number - 1} and {number} are both by the {role}; turns must alternate")
     messages = [Message(role, (Text(_checked(value, where, DataError)),)) for role, value in pairs]
     return Conversation(tuple(_place(messages, sources, where, DataError)), origin)
 
@@ -297,13 +293,6 @@ def _place(
                     parts.append(Text(piece))
         placed.append(Message(message.role, tuple(parts), supervised=message.supervised))
     return placed
-
-
-def _without_leading_answer(pairs: list[tuple[Role, str]]) -> list[tuple[Role, str]]:
-    first = 1 if pairs and pairs[0][0] == "system" else 0
-    if len(pairs) > first and pairs[first][0] == "assistant":
-        return pairs[:first] + pairs[first + 1 :]
-    return pairs
 
 
 def _check_system_first(roles: Sequence[Role], where: str, error: type[LlavaError]) -> None:

@@ -1,0 +1,480 @@
+"""Chat templates: one description a template, one renderer for all.
+
+A conversation is rendered once, into segments: template markup (whose special tokens count), words of people (whose
+special tokens do not), and pictures. Each says whether it is supervised. `spans.tokenize` turns them into ids.
+
+`TEMPLATES` holds those of the original LLaVA by their own names, XTuner's, and the families that came later. Texts of
+the original's 16 are tested against its recordings (tests/golden/conversations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from llava.errors import PromptError, name_nearest
+from llava.prompt.conversation import IMAGE_MARK, Conversation, Image, Message, Part, Text
+from llava.prompt.template_texts import (
+    PRESET_ANSWER,
+    PRESET_QUESTION,
+    SYSTEM_LLAMA_2,
+    SYSTEM_MMTAG,
+    SYSTEM_MPT,
+    SYSTEM_V0,
+    SYSTEM_V1,
+    SYSTEM_VISION,
+)
+
+ImagePosition: TypeAlias = Literal["front", "inline"]
+IMAGE_POSITIONS: tuple[ImagePosition, ...] = ("front", "inline")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered prompt.
+
+    kind: "markup" (template text; special tokens in it are special), "text" (somebody's words), "image" (a slot), or
+    "bos"/"eos" (the tokenizer's own). fresh: tokenized without regard to what stands before it, as XTuner does.
+    """
+
+    kind: Literal["markup", "text", "image", "bos", "eos"]
+    text: str = ""
+    supervised: bool = False
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written for one family of models. `{bos}` and `{eos}` stand for the tokenizer's own.
+
+    A turn is `prefix + lead + words + suffix`; an empty turn is its prefix alone when `empty_is_open`. In an answer,
+    lead, words and suffix are supervised. `before_user` stands before every user turn but the first.
+    """
+
+    name: str
+    user_prefix: str
+    user_suffix: str
+    assistant_prefix: str
+    answer_suffix: str
+    system: str = ""
+    system_prefix: str = ""
+    system_suffix: str = ""
+    system_in_first_turn: bool = False
+    user_lead: str = ""
+    answer_lead: str = ""
+    after_answer: str = ""
+    before_user: str = ""
+    tail: str = ""
+    stop_strings: tuple[str, ...] = ()
+    preset: tuple[Message, ...] = ()
+    empty_is_open: bool = True
+    drops_leading_answer: bool = True
+    drops_user_text: bool = False
+    image_prefix: str = ""
+    image_suffix: str = ""
+    received: str | None = None
+    fresh_turns: bool = False
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        open_turn: bool,
+        image_position: ImagePosition = "front",
+        start_end_tokens: bool = False,
+    ) -> list[Segment]:
+        """Write a conversation as segments; `open_turn` adds the beginning of an answer.
+
+        image_position "front" moves the pictures of a message before its words, one line each, and strips the words,
+        as the original does in training and in chat; "inline" leaves them where they are. start_end_tokens wraps each
+        picture in `<im_start>` and `<im_end>`. Raises PromptError for a conversation that the template cannot hold.
+        """
+        where = f"{conversation.origin}: " if conversation.origin else ""
+        system, turns = _split_system(conversation.messages, self.system)
+        if self.drops_leading_answer and turns and turns[0].role == "assistant":
+            if turns[0].images:
+                raise PromptError(f"{where}the first turn is an answer with a picture; a user has to speak first")
+            turns = turns[1:]
+        if not turns:
+            raise PromptError(f"{where}nothing to say: no user turn")
+        if open_turn and turns[-1].role == "assistant":
+            raise PromptError(f"{where}the last turn is an answer; a prompt must end with the user's turn")
+        if self.drops_user_text:
+            return self._render_caption(turns, open_turn, where)
+        if self.received is not None and open_turn and turns[0].images:
+            turns = _announce_images(turns, self.received)
+        writer = _Writer(self, image_position, start_end_tokens)
+        if not self.system_in_first_turn:
+            writer.system(system)
+        seen_user = False
+        for message in (*self.preset, *turns):
+            if message.role == "user":
+                writer.user(message, system if self.system_in_first_turn and not seen_user else None, seen_user)
+                seen_user = True
+            else:
+                writer.answer(message)
+        if open_turn:
+            writer.markup(self.assistant_prefix)
+        elif self.tail:
+            writer.markup(self.tail)
+        return writer.segments
+
+    def _render_caption(self, turns: Sequence[Message], open_turn: bool, where: str) -> list[Segment]:
+        roles = [turn.role for turn in turns]
+        if roles != (["user"] if open_turn else ["user", "assistant"]) or not turns[0].images:
+            raise PromptError(
+                f"{where}template {self.name!r} takes one picture and its caption, found {', '.join(roles)}"
+                f" with {len(turns[0].images)} pictures; use a chat template such as vicuna_v1"
+            )
+        segments = [Segment("image") for _ in turns[0].images]
+        if not open_turn:
+            writer = _Writer(self, "inline", False)
+            writer.answer(turns[1])
+            segments += writer.segments
+        return segments
+
+
+class _Writer:
+    """Collects the segments of one conversation."""
+
+    def __init__(self, template: ChatTemplate, image_position: ImagePosition, start_end_tokens: bool) -> None:
+        self.template = template
+        self.front = image_position == "front"
+        self.image_open = template.image_prefix + ("<im_start>" if start_end_tokens else "")
+        self.image_close = ("<im_end>" if start_end_tokens else "") + template.image_suffix
+        self.segments: list[Segment] = []
+
+    def markup(self, text: str, *, supervised: bool = False, fresh: bool = False) -> None:
+        for name in ("bos", "eos"):
+            mark = f"{{{name}}}"
+            if mark in text:
+                before, _, after = text.partition(mark)
+                self.markup(before, supervised=supervised, fresh=fresh)
+                self.segments.append(Segment("bos" if name == "bos" else "eos", supervised=supervised))
+                self.markup(after, supervised=supervised, fresh=self.template.fresh_turns)
+                return
+        if text:
+            self.segments.append(Segment("markup", text, supervised, fresh))
+
+    def system(self, text: str) -> None:
+        if text:
+            self.markup(self.template.system_prefix)
+            # The template's own text is markup, so that its split is remembered; somebody else's is words.
+            kind: Literal["markup", "text"] = "markup" if text == self.template.system else "text"
+            self.segments.append(Segment(kind, text))
+            self.markup(self.template.system_suffix)
+
+    def user(self, message: Message, system: str | None, repeated: bool) -> None:
+        template = self.template
+        if repeated:
+            self.markup(template.before_user, fresh=template.fresh_turns)
+        self.markup(template.user_prefix, fresh=template.fresh_turns and repeated)
+        parts = self._arranged(message.parts)
+        if not parts and template.empty_is_open and system is None:
+            return
+        if template.user_lead:
+            self.markup(template.user_lead)
+        if system is not None:
+            self.system(system)
+        self._parts(parts, supervised=False)
+        self.markup(template.user_suffix)
+
+    def answer(self, message: Message) -> None:
+        template = self.template
+        supervised = message.supervised
+        if not template.fresh_turns:
+            self.markup(template.assistant_prefix)
+        parts = [part for part in message.parts if isinstance(part, Image) or part.text]
+        if not parts and template.empty_is_open:
+            return
+        self.markup(template.answer_lead, supervised=supervised)
+        begun = len(self.segments)
+        self._parts(parts, supervised=supervised)
+        self.markup(template.answer_suffix, supervised=supervised)
+        if template.fresh_turns and len(self.segments) > begun:
+            self.segments[begun] = replace(self.segments[begun], fresh=True)
+        self.markup(template.after_answer, fresh=template.fresh_turns)
+
+    def _arranged(self, parts: Iterable[Part]) -> list[Part]:
+        parts = [part for part in parts if isinstance(part, Image) or part.text]
+        images = [part for part in parts if isinstance(part, Image)]
+        if not self.front or not images:
+            return parts
+        words = "".join(part.text for part in parts if isinstance(part, Text)).strip()
+        arranged: list[Part] = []
+        for number, image in enumerate(images, start=1):
+            arranged.append(image)
+            if words or number < len(images):
+                arranged.append(Text("\n"))
+        return [*arranged, Text(words)] if words else arranged
+
+    def _parts(self, parts: Iterable[Part], *, supervised: bool) -> None:
+        for part in parts:
+            if isinstance(part, Image):
+                self.markup(self.image_open)
+                self.segments.append(Segment("image"))
+                self.markup(self.image_close)
+            else:
+                self.segments.append(Segment("text", part.text, supervised))
+
+
+def get_template(name: str) -> ChatTemplate:
+    """The template of that exact name. Raises PromptError naming the nearest and all known ones."""
+    if name not in TEMPLATES:
+        raise PromptError(f"unknown template {name!r}; {name_nearest(name, TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def render_text(segments: Iterable[Segment]) -> str:
+    """Segments as one string, pictures as `<image>`: for people and tests; no tokenizer ever gets it."""
+    shown = {"image": IMAGE_MARK, "bos": "<s>", "eos": "</s>"}
+    return "".join(shown.get(segment.kind, segment.text) for segment in segments)
+
+
+def _split_system(messages: Sequence[Message], default: str) -> tuple[str, tuple[Message, ...]]:
+    if messages and messages[0].role == "system":
+        return messages[0].text, tuple(messages[1:])
+    return default, tuple(messages)
+
+
+def _announce_images(turns: tuple[Message, ...], reply: str) -> tuple[Message, ...]:
+    """Give the pictures of the first turn a turn of their own, answered by `reply` (the original's mmtag chat)."""
+    first = turns[0]
+    pictures = Message("user", first.images)
+    words = Message("user", tuple(part for part in first.parts if isinstance(part, Text)))
+    stripped = Message("user", (Text(words.text.strip()),))
+    return (pictures, Message("assistant", (Text(reply),), supervised=False), stripped, *turns[1:])
+
+
+def _vicuna(name: str, system: str) -> ChatTemplate:
+    return ChatTemplate(
+        name=name,
+        system=system,
+        system_suffix=" ",
+        user_prefix="USER:",
+        user_lead=" ",
+        user_suffix=" ",
+        assistant_prefix="ASSISTANT:",
+        answer_lead=" ",
+        answer_suffix="</s>",
+        stop_strings=("</s>",),
+    )
+
+
+def _single(name: str, system: str) -> ChatTemplate:
+    """The original's first layout, with `###` between turns."""
+    return ChatTemplate(
+        name=name,
+        system=system,
+        system_suffix="###",
+        user_prefix="Human:",
+        user_lead=" ",
+        user_suffix="###",
+        assistant_prefix="Assistant:",
+        answer_lead=" ",
+        answer_suffix="###",
+        stop_strings=("###",),
+    )
+
+
+def _v0_training(name: str, system: str) -> ChatTemplate:
+    """What the original trains on for `llava_v0`; it is not what it prompts with. Answers end with `###`."""
+    return ChatTemplate(
+        name=name,
+        system=system,
+        system_suffix="\n\n###",
+        user_prefix=" Human: ",
+        user_suffix="\n###",
+        assistant_prefix=" Assistant:",
+        answer_lead=" ",
+        answer_suffix="\n###",
+        tail=" ",
+        stop_strings=("###",),
+        empty_is_open=False,
+        drops_leading_answer=False,
+    )
+
+
+def _llama_2(name: str, system: str, before_user: str) -> ChatTemplate:
+    return ChatTemplate(
+        name=name,
+        system=system,
+        system_prefix="<<SYS>>\n",
+        system_suffix="\n<</SYS>>\n\n",
+        system_in_first_turn=True,
+        before_user=before_user,
+        user_prefix="[INST] ",
+        user_suffix=" [/INST]",
+        assistant_prefix="",
+        answer_lead=" ",
+        answer_suffix=" </s>",
+        stop_strings=("</s>",),
+    )
+
+
+def _mmtag(template: ChatTemplate) -> ChatTemplate:
+    """Pictures in tags; in a chat, those of the first turn get a turn of their own."""
+    return replace(template, image_prefix="<Image>", image_suffix="</Image>", received="Received.")
+
+
+def _chatml(
+    name: str, system: str, newline: str = "\n", stop_strings: tuple[str, ...] = ("<|im_end|>",)
+) -> ChatTemplate:
+    """ChatML; the original's own (`mpt`, `chatml_direct`) has no newline between turns."""
+    return ChatTemplate(
+        name=name,
+        system=system,
+        system_prefix="<|im_start|>system\n",
+        system_suffix="<|im_end|>" + newline,
+        user_prefix="<|im_start|>user\n",
+        user_suffix="<|im_end|>" + newline,
+        assistant_prefix="<|im_start|>assistant\n",
+        answer_suffix="<|im_end|>",
+        after_answer=newline,
+        stop_strings=stop_strings,
+    )
+
+
+def _llama_3(name: str, system: str) -> ChatTemplate:
+    def header(role: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    return ChatTemplate(
+        name=name,
+        system=system,
+        system_prefix=header("system"),
+        system_suffix="<|eot_id|>",
+        user_prefix=header("user"),
+        user_suffix="<|eot_id|>",
+        assistant_prefix=header("assistant"),
+        answer_suffix="<|eot_id|>",
+        stop_strings=("<|eot_id|>",),
+    )
+
+
+def _xtuner(
+    name: str,
+    instruction: tuple[str, str],
+    *,
+    system: tuple[str, str],
+    suffix: str = "{eos}",
+    separator: str = "\n",
+    stop_strings: tuple[str, ...] = (),
+) -> ChatTemplate:
+    """XTuner's: no system text unless one is given; prompt, answer and separator are tokenized apart; and a turn
+    that ended in the tokenizer's own EOS is followed by another BOS."""
+    return ChatTemplate(
+        name=name,
+        system_prefix=system[0],
+        system_suffix=system[1],
+        user_prefix=instruction[0],
+        user_suffix=instruction[1],
+        assistant_prefix="",
+        answer_suffix=suffix,
+        after_answer=separator,
+        before_user="{bos}" if suffix == "{eos}" else "",
+        stop_strings=stop_strings,
+        empty_is_open=False,
+        fresh_turns=True,
+    )
+
+
+_PRESET = (
+    Message("user", (Text(PRESET_QUESTION),)),
+    Message("assistant", (Text(PRESET_ANSWER),), supervised=False),
+)
+_PLAIN = ChatTemplate(
+    name="plain",
+    user_prefix="",
+    user_suffix="",
+    assistant_prefix="",
+    answer_suffix="\n",
+    stop_strings=("\n",),
+    empty_is_open=False,
+    drops_user_text=True,
+)
+_XTUNER_VICUNA = _xtuner("xtuner_vicuna", ("USER: ", " ASSISTANT:"), system=(SYSTEM_V1 + " ", "\n "))
+_XTUNER_MISTRAL = _xtuner("xtuner_mistral", ("[INST] ", " [/INST]"), system=("[INST] ", " [/INST]\n"))
+
+TEMPLATES: dict[str, ChatTemplate] = {
+    # The original's, by its own names.
+    "plain": _PLAIN,
+    "v0_plain": replace(_PLAIN, name="v0_plain"),
+    "default": replace(_single("default", SYSTEM_V0), preset=_PRESET),
+    "v0": replace(_single("v0", SYSTEM_V0), preset=_PRESET),
+    "llava_v0": _single("llava_v0", SYSTEM_V0),
+    "v0_mmtag": _mmtag(_single("v0_mmtag", SYSTEM_MMTAG)),
+    "llava_v0_training": _v0_training("llava_v0_training", SYSTEM_V0),
+    "v0_mmtag_training": _mmtag(_v0_training("v0_mmtag_training", SYSTEM_MMTAG)),
+    "v1": _vicuna("v1", SYSTEM_V1),
+    "vicuna_v1": _vicuna("vicuna_v1", SYSTEM_V1),
+    "llava_v1": _vicuna("llava_v1", SYSTEM_V0),
+    "v1_mmtag": _mmtag(_vicuna("v1_mmtag", SYSTEM_MMTAG)),
+    "llama_2": _llama_2("llama_2", SYSTEM_LLAMA_2, "<s>"),
+    "llava_llama_2": _llama_2("llava_llama_2", SYSTEM_VISION, "<s>"),
+    "mistral_instruct": _llama_2("mistral_instruct", "", ""),
+    "mpt": _chatml("mpt", SYSTEM_MPT, newline=""),
+    "chatml_direct": _chatml("chatml_direct", "Answer the questions.", newline=""),
+    "mistral_direct": _chatml("mistral_direct", "Answer the questions.", newline=""),
+    # Hugging Face's LLaVA-1.5 layout: Vicuna without system text.
+    "llava_hf": _vicuna("llava_hf", ""),
+    # XTuner's seven. Its `vicuna` and `mistral` are not the original's vicuna_v1 and mistral_instruct.
+    "xtuner_vicuna": _XTUNER_VICUNA,
+    "xtuner_mistral": _XTUNER_MISTRAL,
+    "mistral": _XTUNER_MISTRAL,
+    "internlm_chat": _xtuner(
+        "internlm_chat",
+        ("<|User|>:", "<eoh>\n<|Bot|>:"),
+        system=("<|System|>:", "\n"),
+        suffix="<eoa>",
+        stop_strings=("<eoa>",),
+    ),
+    "internlm2_chat": _xtuner(
+        "internlm2_chat",
+        ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        system=("<|im_start|>system\n", "<|im_end|>\n"),
+        suffix="<|im_end|>",
+        stop_strings=("<|im_end|>",),
+    ),
+    "qwen_chat": _xtuner(
+        "qwen_chat",
+        ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        system=("<|im_start|>system\n", "<|im_end|>\n"),
+        suffix="<|im_end|>",
+        stop_strings=("<|im_end|>", "<|endoftext|>"),
+    ),
+    "llama3_chat": _xtuner(
+        "llama3_chat",
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        suffix="<|eot_id|>",
+        separator="",
+        stop_strings=("<|eot_id|>",),
+    ),
+    "phi3_chat": _xtuner(
+        "phi3_chat",
+        ("<|user|>\n", "<|end|>\n<|assistant|>\n"),
+        system=("<|system|>\n", "<|end|>\n"),
+        suffix="<|end|>",
+        stop_strings=("<|end|>",),
+    ),
+    # Families that came after the original (LLaVA-NeXT's names where it has one).
+    "chatml": _chatml("chatml", ""),
+    "qwen_1_5": _chatml("qwen_1_5", "You are a helpful assistant.", stop_strings=("<|im_end|>", "<|endoftext|>")),
+    "llama_3": _llama_3("llama_3", SYSTEM_VISION),
+    "gemma": ChatTemplate(
+        name="gemma",
+        system_in_first_turn=True,
+        system_suffix="\n\n",
+        user_prefix="<start_of_turn>user\n",
+        user_suffix="<end_of_turn>\n",
+        assistant_prefix="<start_of_turn>model\n",
+        answer_suffix="<end_of_turn>",
+        after_answer="\n",
+        stop_strings=("<end_of_turn>",),
+    ),
+}
