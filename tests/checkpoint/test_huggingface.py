@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llava.checkpoint import huggingface
 from llava.checkpoint.load import open_checkpoint
-from llava.checkpoint.opened import materialise
+from llava.checkpoint.opened import check_tensors, empty_model, materialise
 from llava.errors import CheckpointError
 from llava.model.llava import Llava
 
@@ -166,6 +166,7 @@ def test_each_damaged_key_is_an_error_that_names_key_file_and_shape(tmp_path: Pa
     stock_model().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     state = load_file(path)
+    empty = empty_model(open_checkpoint(tmp_path).config)
     for name in sorted(state):
         shape = str(list(state[name].shape))
         for damage in ("dropped", "renamed", "reshaped"):
@@ -177,7 +178,7 @@ def test_each_damaged_key_is_an_error_that_names_key_file_and_shape(tmp_path: Pa
                 damaged[name] = value.new_zeros((*value.shape, 2))
             save_file(damaged, path)
             with pytest.raises(CheckpointError) as caught:
-                open_here(tmp_path)
+                check_tensors(open_checkpoint(tmp_path), empty)
             message = str(caught.value)
             assert "model.safetensors" in message and shape in message, (damage, message)
             leaf = name.removeprefix("vision_tower.").removeprefix("language_model.")
