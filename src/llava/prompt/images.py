@@ -34,6 +34,7 @@ Colour: TypeAlias = tuple[int, int, int]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap width and height
 # What each allowed format begins with. Nothing else is opened: PIL's rarer readers run programs or unpack bombs.
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -206,6 +207,28 @@ def decode_image(
     return _from_bytes(data, limits, background, what)
 
 
+def read_size(source: ImageSource, limits: ImageLimits | None = None, *, name: str | None = None) -> Size:
+    """(height, width) of a picture as `decode_image` would give it, read from the header. Raises ImageError."""
+    limits = limits or ImageLimits()
+    if isinstance(source, (str, Path)):
+        name = name or str(source)
+        source = _read_file(Path(source), limits, name)
+    what = name or "picture"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        image = _open(bytes(source), limits, what)
+    elif isinstance(source, PIL.Image.Image):
+        image = source
+    else:
+        decoded = decode_image(source, limits, name=name)
+        return decoded.height, decoded.width
+    check_size((image.height, image.width), limits, what)
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except _DAMAGED:
+        raise ImageError(f"{what}: damaged picture; save it again or leave it out") from None
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def check_size(size: Size, limits: ImageLimits, name: str) -> None:
     """Raise ImageError when a (height, width) breaks the limits."""
     height, width = size
@@ -311,18 +334,23 @@ def _read_file(path: Path, limits: ImageLimits, name: str) -> bytes:
 
 
 def _from_bytes(data: bytes, limits: ImageLimits, background: Colour, name: str) -> PIL.Image.Image:
+    image = _open(data, limits, name)
+    check_size((image.height, image.width), limits, name)
+    return _to_rgb(image, background, name)
+
+
+def _open(data: bytes, limits: ImageLimits, name: str) -> PIL.Image.Image:
+    """Read the header only."""
     kind = _sniff(data)
     if kind is None:
         what = "empty" if not data else "not a JPEG, PNG, WEBP, GIF or BMP picture"
         raise ImageError(f"{name}: {what}; convert it to PNG or JPEG")
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=[kind])
+        return PIL.Image.open(io.BytesIO(data), formats=[kind])
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise ImageError(f"{name}: more than {limits.max_pixels} pixels; make it smaller") from None
     except _DAMAGED:
         raise ImageError(f"{name}: damaged {kind} picture; save it again or leave it out") from None
-    check_size((image.height, image.width), limits, name)
-    return _to_rgb(image, background, name)
 
 
 def _sniff(data: bytes) -> str | None:

@@ -76,6 +76,21 @@ class ChatTemplate:
     received: str | None = None
     fresh_turns: bool = False
 
+    def markup(self) -> tuple[str, ...]:
+        """All strings that the template itself writes."""
+        return (
+            self.system_prefix,
+            self.system_suffix,
+            self.before_user,
+            self.user_prefix + self.user_lead,
+            self.user_suffix,
+            self.assistant_prefix + self.answer_lead,
+            self.answer_suffix,
+            self.after_answer,
+            self.tail,
+            "<im_start><im_end>",
+        )
+
     def render(
         self,
         conversation: Conversation,
