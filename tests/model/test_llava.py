@@ -121,6 +121,43 @@ def test_any_layer_equals_the_hidden_states_of_the_tower(layer: int | tuple[int,
         assert torch.equal(select_features(tower, pixels, layer=layer, skipped_tokens=1), expected)
 
 
+POINTS = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
+ANYRES: dict[str, Any] = {"image_mode": "anyres", "image_grid_pinpoints": POINTS, "merge_type": "spatial_unpad"}
+
+
+@pytest.mark.parametrize("language", ["llama", "mistral", "qwen2"])
+def test_tiled_pictures_of_several_sizes_equal_transformers_llava_next(language: str) -> None:
+    from llava.prompt.images import ImageSettings
+
+    model = tiny_model(language=language, **ANYRES)
+    stock = stock_copy(model)
+    counter = ImageSettings(
+        mode="anyres", size=56, pinpoints=POINTS, patches_per_side=4, tokens_per_tile=16, merge="spatial_unpad"
+    )
+    generator = torch.Generator().manual_seed(4)
+    sizes = [(64, 64), (50, 123), (123, 50), (300, 200), (17, 300)]
+    counts = [counter.count_tiles(size) for size in sizes]
+    pixels = torch.randn(sum(counts), 3, 56, 56, generator=generator)
+    words = torch.randint(3, 90, (8,), generator=generator)
+    pieces = [torch.cat([words, torch.full((counter.count_tokens(size),), IMAGE)]) for size in sizes]
+    row = torch.cat([*pieces, words])[None]
+    padded = torch.zeros(len(sizes), max(counts), 3, 56, 56)
+    for index, tiles in enumerate(torch.split(pixels, counts)):
+        padded[index, : len(tiles)] = tiles
+    with torch.no_grad():
+        ours = model.logits(model(row, pixel_values=pixels, image_sizes=sizes, tiles_per_image=counts))
+        theirs = stock(input_ids=row, pixel_values=padded, image_sizes=torch.tensor(sizes)).logits
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_tiles_that_do_not_belong_to_the_size_are_refused() -> None:
+    model = tiny_model(**ANYRES)
+    with pytest.raises(PromptError, match=r"cut in 2 x 2 tiles, but 3 were passed"):
+        model.encode_images(torch.zeros(4, 3, 56, 56), image_sizes=[(300, 300)], tiles_per_image=[4])
+    with pytest.raises(PromptError, match="sums to 5"):
+        model.encode_images(torch.zeros(4, 3, 56, 56), image_sizes=[(300, 300)], tiles_per_image=[5])
+
+
 def packed_mask(trees: Tensor, branches: Tensor) -> Tensor:
     """(B, T) tree and branch numbers (0 the prefix, tree -1 padding) to the (B, 1, T, T) mask of the contract."""
     same_tree = trees[:, :, None] == trees[:, None, :]

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from llava.errors import PromptError
 from llava.model.config import LlavaConfig
+from llava.prompt.tiling import choose_grid, shrink_grid, unpad_box
 
 
 def merge_tiles(tiles: Tensor, image_size: tuple[int, int], config: LlavaConfig, *, newline: Tensor | None) -> Tensor:
@@ -20,15 +21,12 @@ def merge_tiles(tiles: Tensor, image_size: tuple[int, int], config: LlavaConfig,
     tiles: (N, P, D), the whole picture first; image_size: its original (height, width) in pixels; newline: (D,) for
     merge type "spatial_unpad". Returns (F, D). Raises PromptError when N is not what the size gives.
     """
-    from llava.prompt.tiling import choose_canvas, unpad_box
-
     if tiles.shape[0] == 1:
         lone = tiles[0]
         return lone if newline is None else torch.cat([lone, newline[None].to(lone)])
     base, rest = tiles[0], tiles[1:]
     side = config.patches_per_side
-    canvas = choose_canvas(image_size, config.image_grid_pinpoints)
-    rows, cols = canvas[0] // config.image_size, canvas[1] // config.image_size
+    rows, cols = choose_grid(image_size, config.image_grid_pinpoints, config.image_size)
     if rest.shape[0] != rows * cols:
         raise PromptError(
             f"a picture of {image_size[0]} x {image_size[1]} (height x width) is cut in {rows} x {cols} tiles, "
@@ -50,15 +48,12 @@ def merge_tiles(tiles: Tensor, image_size: tuple[int, int], config: LlavaConfig,
 
 def _shrink(grid: Tensor, config: LlavaConfig, side: int) -> Tensor:
     """OneVision's anyres_max_N: interpolate a grid (gh, gw, D) of more than N tiles' patches down to about N tiles."""
-    if config.anyres_max is None:
+    before = (grid.shape[0], grid.shape[1])
+    after = shrink_grid(before, max_tiles=config.anyres_max, patches_per_side=side)
+    if after == before:
         return grid
-    height, width = grid.shape[:2]
-    ratio: float = (height * width / (config.anyres_max * side**2)) ** 0.5
-    if ratio <= 1.1:
-        return grid
-    size = (int(height // ratio), int(width // ratio))
     moved = grid.permute(2, 0, 1)[None]  # (1, D, gh, gw)
-    return functional.interpolate(moved, size, mode="bilinear")[0].permute(1, 2, 0)
+    return functional.interpolate(moved, after, mode="bilinear")[0].permute(1, 2, 0)
 
 
 def new_newline(width: int) -> nn.Parameter:
