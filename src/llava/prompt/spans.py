@@ -7,7 +7,7 @@ supervised segment. Nothing is counted twice, so nothing can mismatch.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -74,7 +74,8 @@ class _Builder:
         self.tokenizer = tokenizer
         self.forbidden = forbidden
         self.kind: RunKind = "first"
-        self.tokens = Tokens(list(tokenizer.prefix_ids), [False] * len(tokenizer.prefix_ids))
+        prefix = tokenizer.prefix_ids
+        self.tokens = Tokens(list(prefix), [False] * len(prefix))
         self._texts: list[str] = []
         self._flags: list[bool] = []
 
@@ -84,7 +85,8 @@ class _Builder:
             self._flags.append(supervised)
 
     def special(self, token: int, supervised: bool) -> None:
-        self.flush()
+        if self._texts:
+            self.flush()
         self.tokens.ids.append(token)
         self.tokens.supervised.append(supervised)
         self.kind = "after"
@@ -93,21 +95,19 @@ class _Builder:
         """Tokenize the words collected so far as one run."""
         if not self._texts:
             return
-        text = self._texts[0] if len(self._texts) == 1 else "".join(self._texts)
-        mixed = len(set(self._flags)) > 1
-        ids, starts = self.tokenizer.encode_with_starts(
-            text, kind=self.kind, forbidden=self.forbidden, want_starts=mixed
-        )
+        texts, flags, self._texts, self._flags = self._texts, self._flags, [], []
+        kind, self.kind = self.kind, "after"
+        text = "".join(texts)
+        mixed = True in flags and False in flags
+        ids, starts = self.tokenizer.encode_with_starts(text, kind=kind, forbidden=self.forbidden, want_starts=mixed)
         self.tokens.ids += ids
-        if mixed:
-            ends = []
-            end = 0
-            for piece in self._texts:
-                end += len(piece)
-                ends.append(end)
-            last = len(ends) - 1
-            self.tokens.supervised += [self._flags[min(bisect_right(ends, start), last)] for start in starts]
-        else:
-            self.tokens.supervised += [self._flags[0]] * len(ids)
-        self._texts, self._flags = [], []
-        self.kind = "after"
+        if not mixed:
+            self.tokens.supervised += [flags[0]] * len(ids)
+            return
+        # Tokens that begin inside a segment are that segment's; starts never decrease.
+        end = done = 0
+        for piece, flag in zip(texts, flags, strict=True):
+            end += len(piece)
+            upto = bisect_left(starts, end, done)
+            self.tokens.supervised += [flag] * (upto - done)
+            done = upto

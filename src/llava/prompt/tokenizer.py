@@ -30,6 +30,9 @@ from llava.errors import CheckpointError, PromptError
 RunKind: TypeAlias = Literal["first", "after", "bare"]
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
+# Runs up to this many characters are remembered, this many of them (a few MB).
+_REMEMBERED_LENGTH = 400
+_REMEMBERED_RUNS = 16384
 _META = "▁"
 # Appended to a serialized sentencepiece model: normalizer_spec.add_dummy_prefix = false (protobuf merges repeats).
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -48,6 +51,8 @@ class Tokenizer(ABC):
         self._special_tokens_map = special_tokens_map
         self.added_tokens: dict[str, int] = {}
         self.special_ids: frozenset[int] = frozenset()
+        self.prefix_ids: tuple[int, ...] = ()  # what every prompt begins with: BOS, or nothing
+        self._remembered: dict[Any, tuple[list[int], list[int]]] = {}
         self._split_markup: Callable[[str], tuple[str | int, ...]] = lambda text: (text,)
 
     @property
@@ -95,11 +100,6 @@ class Tokenizer(ABC):
     def unk_token_id(self) -> int | None:
         return self._named_id("unk_token")
 
-    @property
-    @abstractmethod
-    def prefix_ids(self) -> tuple[int, ...]:
-        """What every prompt begins with: BOS, or nothing."""
-
     def token_id(self, token: str) -> int:
         """The id of one whole token, special or not. Raises PromptError when there is none."""
         found = self._lookup(token)
@@ -116,7 +116,7 @@ class Tokenizer(ABC):
 
     def encode_plain(self, text: str, *, kind: RunKind = "first", forbidden: frozenset[int] | None = None) -> list[int]:
         """Ids of a run of words; never one of `forbidden` (all special ids unless given)."""
-        return self.encode_with_starts(text, kind=kind, forbidden=forbidden, want_starts=False)[0]
+        return list(self.encode_with_starts(text, kind=kind, forbidden=forbidden, want_starts=False)[0])
 
     def encode_with_starts(
         self,
@@ -128,11 +128,26 @@ class Tokenizer(ABC):
     ) -> tuple[list[int], list[int]]:
         """(ids, index of the character where each begins). Without `want_starts` the second list is empty.
 
-        Where an encoding holds a forbidden id, its text is cut behind the id's first character and the parts are
-        encoded on their own: the words stay the same, the special token cannot arise.
+        The lists are shared between calls: do not change them. Where an encoding holds a forbidden id, its text is cut
+        behind the id's first character and the parts are encoded on their own: the words stay the same, the special
+        token cannot arise.
         """
         if not text:
             return [], []
+        if len(text) > _REMEMBERED_LENGTH:
+            return self._encode_guarded(text, kind, forbidden, want_starts)
+        # Data sets repeat themselves: the same question of many pictures costs one look-up.
+        key = (text, kind, want_starts, forbidden)
+        found = self._remembered.get(key)
+        if found is None:
+            if len(self._remembered) >= _REMEMBERED_RUNS:
+                self._remembered.clear()
+            found = self._remembered[key] = self._encode_guarded(text, kind, forbidden, want_starts)
+        return found
+
+    def _encode_guarded(
+        self, text: str, kind: RunKind, forbidden: frozenset[int] | None, want_starts: bool
+    ) -> tuple[list[int], list[int]]:
         ids = self._encode_run(text, kind)
         banned = self.special_ids if forbidden is None else forbidden
         if banned.isdisjoint(ids):
@@ -228,6 +243,7 @@ class Tokenizer(ABC):
             return tuple(pieces)
 
         self._split_markup = split
+        self._remembered.clear()
 
     def _write_config(self, folder: Path, **changes: Any) -> None:
         _write_json(folder / "tokenizer_config.json", {**self.config, **changes})
@@ -277,16 +293,12 @@ class SentencePieceTokenizer(Tokenizer):
         added = [token for token in self.added_tokens if self._special_flags.get(token, True)]
         self._index_specials([*control, *added])
         self._by_added_id = {i: token for token, i in self.added_tokens.items()}
+        bos = self.bos_token_id
+        self.prefix_ids = (bos,) if bos is not None and self.config.get("add_bos_token", True) else ()
 
     @property
     def vocab_size(self) -> int:
         return max([len(self._pieces) - 1, *self.added_tokens.values()]) + 1
-
-    @property
-    def prefix_ids(self) -> tuple[int, ...]:
-        if not self.config.get("add_bos_token", True) or self.bos_token_id is None:
-            return ()
-        return (self.bos_token_id,)
 
     def _lookup(self, token: str) -> int | None:
         return self.added_tokens.get(token, self._ids.get(token))
@@ -428,7 +440,7 @@ class FastTokenizer(Tokenizer):
         flagged = [e["content"] for e in self._spec.get("added_tokens", []) if e.get("special")]
         marks = [token for token in self.added_tokens if _CHAT_MARK.fullmatch(token)]
         self._index_specials([*flagged, *marks])
-        self._prefix = self._find_prefix()
+        self.prefix_ids = self._find_prefix()
 
     def _find_prefix(self) -> tuple[int, ...]:
         flag = self.config.get("add_bos_token")
@@ -445,10 +457,6 @@ class FastTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return int(max(self._full.get_vocab(with_added_tokens=True).values())) + 1
-
-    @property
-    def prefix_ids(self) -> tuple[int, ...]:
-        return self._prefix
 
     def _lookup(self, token: str) -> int | None:
         found = self._full.token_to_id(token)
@@ -469,20 +477,15 @@ class FastTokenizer(Tokenizer):
         offsets = self._runs[kind].encode(text, add_special_tokens=False).offsets
         return [start for start, _ in offsets]
 
-    def encode_with_starts(
-        self,
-        text: str,
-        *,
-        kind: RunKind = "first",
-        forbidden: frozenset[int] | None = None,
-        want_starts: bool = True,
+    def _encode_guarded(
+        self, text: str, kind: RunKind, forbidden: frozenset[int] | None, want_starts: bool
     ) -> tuple[list[int], list[int]]:
         # One call for both lists; the general way would encode twice.
-        if text and want_starts:
-            encoding = self._runs[kind].encode(text, add_special_tokens=False)
-            if (self.special_ids if forbidden is None else forbidden).isdisjoint(encoding.ids):
-                return encoding.ids, [start for start, _ in encoding.offsets]
-        return super().encode_with_starts(text, kind=kind, forbidden=forbidden, want_starts=want_starts)
+        encoding = self._runs[kind].encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if (self.special_ids if forbidden is None else forbidden).isdisjoint(ids):
+            return ids, [start for start, _ in encoding.offsets] if want_starts else []
+        return super()._encode_guarded(text, kind, forbidden, want_starts)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         known = [token for token in map(int, ids) if token >= 0]
