@@ -1,0 +1,89 @@
+"""`llava quickstart`: from nothing to an assistant that sees, in about five minutes on two cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from llava.quickstart.run import Audience
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Where data, runs, model and report go.")] = Path("llava-quickstart"),
+    seed: Annotated[int, typer.Option(help="Decides scenes, questions and training order.", min=0)] = 0,
+    rebuild_bases: Annotated[
+        bool, typer.Option("--rebuild-bases", help="Train the two tiny bases anew instead (up to 2 hours on a CPU).")
+    ] = False,
+) -> None:
+    """Draw pictures, train a tiny LLaVA on them in two stages, and report how well it sees.
+
+    Run it again after an interruption: finished work is kept.
+    """
+    if rebuild_bases:
+        _rebuild_bases(out, seed)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from llava.quickstart.latest import remember
+    from llava.quickstart.run import QuickstartSettings, next_commands, run_quickstart
+
+    console = Console()
+    result = run_quickstart(out, QuickstartSettings(seed=seed), audience=_terminal_audience())
+    remember(result.model)
+    figures = result.figures
+    table = Table("kind", "model", "wrong picture", "no binding", "majority", title="Held-out accuracy")
+    accuracy = figures["accuracy"]
+    assert isinstance(accuracy, dict)
+    for kind, row in accuracy.items():
+        cells = [row["model"], row["wrong_picture"], row["no_binding"], row["majority"]]
+        table.add_row(kind, *("" if value is None else f"{value:.2f}" for value in cells))
+    console.print(table)
+    seconds = figures["seconds"]
+    assert isinstance(seconds, dict)
+    console.print("seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items()))
+    console.print(f"report: {result.report.resolve()}", soft_wrap=True)
+    console.print("\nnext:")
+    for what, command in next_commands(result.model):
+        console.print(f"  {command}    [dim]# {what}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _rebuild_bases(out: Path, seed: int) -> None:
+    from llava.quickstart.bases import rebuild_bases
+
+    folder = out / "bases"
+    rebuild_bases(folder, seed=seed)
+    typer.echo(f"bases: {folder.resolve()}")
+
+
+def _terminal_audience() -> Audience:
+    """Lines and bars on stderr; without a terminal, lines only."""
+    from collections.abc import Callable, Iterator
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from llava.quickstart.run import Audience
+    from llava.train.progress import TerminalWatcher, Watcher
+
+    console = Console(stderr=True)
+
+    class Terminal(Audience):
+        def say(self, line: str) -> None:
+            console.print(f"[bold]{line}[/bold]", highlight=False)
+
+        @contextmanager
+        def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+            with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+                task = progress.add_task(title, total=total)
+                yield lambda done: progress.update(task, completed=done)
+
+        def watcher(self, label: str) -> Watcher:
+            return TerminalWatcher(label=label)
+
+    return Terminal()
