@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.errors import CheckpointError, ContextLengthError, PromptError
+from llava.prompt.chat_template import ChatTemplate, ImagePosition
 from llava.prompt.conversation import Conversation, Image
 from llava.prompt.images import ImageSettings, decode_image, preprocess, read_size
 from llava.prompt.spans import IMAGE_SLOT, tokenize
-from llava.prompt.templates import ChatTemplate, ImagePosition, get_template
+from llava.prompt.templates import get_template
 from llava.prompt.tiling import Size
 from llava.prompt.tokenizer import Tokenizer, load_tokenizer
 

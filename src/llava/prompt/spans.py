@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llava.errors import PromptError
-from llava.prompt.templates import Segment
+from llava.prompt.chat_template import Segment
 from llava.prompt.tokenizer import RunKind, Tokenizer
 
 #: Stands for a picture in `Tokens.ids`, as in the original; no vocabulary has it.
