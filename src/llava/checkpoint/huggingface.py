@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name
-from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened
+from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.weights import Source, held, read_folder, write_safetensors, write_text
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, UsageError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
 
@@ -36,8 +36,10 @@ def detect(folder: Path, config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODEL_TYPES and "text_config" in config
 
 
-def read(folder: Path, data: Mapping[str, Any]) -> Opened:
+def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
     """Understand a folder; `data` is its config.json. Raises CheckpointError for keys that no name fits."""
+    if options.base is not None:
+        raise UsageError(f"{folder}: is a complete Hugging Face model; leave base out")
     config = LlavaConfig.from_dict(data, origin=str(folder / "config.json"))
     activation = data.get("projector_hidden_act", "gelu")
     if activation != "gelu" and config.projector.startswith("mlp"):

@@ -6,8 +6,6 @@ What a folder is, is decided by its files and by config.json, never by its name.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llava.checkpoint import huggingface
-from llava.checkpoint.opened import LoadReport, Opened, materialise
+from llava.checkpoint import huggingface, original
+from llava.checkpoint.opened import LoadReport, Opened, OpenOptions, materialise
 from llava.checkpoint.parts import open_language_model, open_tower
+from llava.checkpoint.processors import make_processor, open_tokenizer
 from llava.checkpoint.weights import Source, held
 from llava.distributed import pick_device, pick_dtype
 from llava.errors import CheckpointError, UnknownFormatError, UsageError
@@ -27,7 +26,6 @@ from llava.model.projector import build_projector, initialise_projector, scale_o
 
 if TYPE_CHECKING:
     from llava.prompt.processor import Processor
-    from llava.prompt.tokenizer import Tokenizer
 
 NEW = Path("new")
 
@@ -46,7 +44,7 @@ class Format:
     """A layout: whether a folder with this config.json is one, and how it is understood."""
 
     detect: Callable[[Path, Mapping[str, Any]], bool]
-    read: Callable[[Path, Mapping[str, Any]], Opened]
+    read: Callable[[Path, Mapping[str, Any], OpenOptions], Opened]
     looks_like: str
 
 
@@ -55,6 +53,11 @@ FORMATS: dict[str, Format] = {
         huggingface.detect,
         huggingface.read,
         "config.json with model_type llava, llava_next or llava_onevision and a text_config",
+    ),
+    "original": Format(
+        original.detect,
+        original.read,
+        "config.json with mm_vision_tower, beside model weights, mm_projector.bin or a LoRA adapter",
     ),
 }
 
@@ -66,15 +69,20 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     load_in: Literal["4bit", "8bit"] | None = None,
+    vision_tower: str | Path | None = None,
+    merge_lora: bool = True,
+    template: str | None = None,
 ) -> Loaded:
     """Open a model from a folder or hub id: `loaded = llava.load("llava-hf/llava-1.5-7b-hf")`.
 
     base: the language model (or whole LLaVA) that a projector, LoRA or delta folder stands on. device, dtype: names
     ("cuda:0", "bfloat16"); chosen for this machine when None. load_in: quantise the language model's linear layers
-    (needs `llava[quant]`). Raises UnknownFormatError when no layout fits, CheckpointError when tensors are missing,
+    (needs `llava[quant]`). vision_tower: the tower's folder, where the one that config.json names is elsewhere.
+    merge_lora: False leaves a LoRA beside the weights. template: the chat template, where config.json names none.
+    Raises UnknownFormatError when no layout fits, CheckpointError when tensors are missing,
     unexpected or of a wrong shape.
     """
-    opened = open_checkpoint(path, base=base)
+    opened = open_checkpoint(path, base=base, vision_tower=vision_tower, merge_lora=merge_lora, template=template)
     where = pick_device(device)
     what = pick_dtype(where, dtype)
     if load_in is not None:
@@ -83,13 +91,26 @@ def load(
     return Loaded(model, opened.processor(), report)
 
 
-def open_checkpoint(path: str | Path, *, base: str | Path | None = None) -> Opened:
-    """Understand a folder or hub id without reading its tensors."""
+def open_checkpoint(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    merge_lora: bool = True,
+    template: str | None = None,
+) -> Opened:
+    """Understand a folder or hub id without reading its tensors; arguments as in `load`."""
     folder = find_folder(path)
     data = read_config(folder)
+    options = OpenOptions(
+        base=None if base is None else find_folder(base),
+        vision_tower=None if vision_tower is None else find_folder(vision_tower),
+        merge_lora=merge_lora,
+        template=template,
+    )
     for form in FORMATS.values():
         if form.detect(folder, data):
-            return form.read(folder, data)
+            return form.read(folder, data, options)
     looked = "; ".join(f"{name}: {form.looks_like}" for name, form in FORMATS.items())
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder"
     kind = f" (config.json: model_type {data.get('model_type')!r})" if data else ""
@@ -154,12 +175,10 @@ def build(
     match_embedding_scale its output on noise has the standard deviation of the word embeddings, so that picture rows
     are no larger than words at the first step.
     """
-    from llava.prompt.tokenizer import load_tokenizer
-
     language, tower = find_folder(language_model), find_folder(vision_tower)
     text_config, tensors = open_language_model(language, read_config(language))
     vision_config, tower_tensors = open_tower(tower, read_config(tower))
-    tokenizer = load_tokenizer(language)
+    tokenizer = open_tokenizer(language)
     if tokenizer.has_token("<image>"):
         image_token_id = tokenizer.token_id("<image>")
     else:
@@ -221,22 +240,3 @@ def _match_embedding_scale(model: Llava, seed: int) -> None:
     )
     target = model.embed_tokens.weight.float().std().item()
     scale_output(model.multi_modal_projector, features.to(model.dtype), target_std=target)
-
-
-def make_processor(config: LlavaConfig, tokenizer: Tokenizer, images_from: Path) -> Processor:
-    """The Processor of a configuration, a tokenizer and the folder that says how pictures are normalised.
-
-    It goes through a folder of our own layout, so that a model built here and the same model saved and opened again
-    cannot differ. Raises CheckpointError when there is no preprocessor_config.json.
-    """
-    from llava.prompt.processor import Processor
-
-    normalisation = images_from / "preprocessor_config.json"
-    if not normalisation.is_file():
-        raise CheckpointError(f"{normalisation}: missing; copy it from the vision tower's page (mean, std, size)")
-    with tempfile.TemporaryDirectory(prefix="llava-processor-") as name:
-        folder = Path(name)
-        tokenizer.save(folder)
-        shutil.copyfile(normalisation, folder / normalisation.name)
-        (folder / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
-        return Processor.load(folder)

@@ -80,6 +80,11 @@ ORIGINAL = Renaming(
     )
 )
 
+# The same on MPT, whose decoder is called `transformer` and whose head is always its embedding.
+ORIGINAL_MPT = Renaming(
+    tuple((old.replace("model.", "transformer.", 1), new) for old, new in ORIGINAL.table if old != "lm_head.")
+)
+
 # A language model alone.
 LANGUAGE_MODEL = Renaming(
     (

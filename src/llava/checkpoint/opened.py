@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from llava.checkpoint.adapters import Adapter
 from llava.checkpoint.names import COMPUTED, common_name
 from llava.checkpoint.weights import Source
 from llava.errors import CheckpointError
@@ -39,11 +40,21 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class OpenOptions:
+    """What a caller says beside the folder; `llava.checkpoint.load.load` explains each."""
+
+    base: Path | None = None
+    vision_tower: Path | None = None
+    merge_lora: bool = True
+    template: str | None = None
+
+
+@dataclass(frozen=True)
 class Opened:
     """A checkpoint understood but not read.
 
     tensors: every learnt tensor by its common name (llava.checkpoint.names). processor: makes the Processor that
-    belongs to it. ignored: keys that are not used, each with the reason. adapters: an unmerged LoRA to attach after.
+    belongs to it. ignored: keys that are not used, each with the reason. adapter: a LoRA that stays beside the weights.
     """
 
     format: str
@@ -54,6 +65,7 @@ class Opened:
     decisions: tuple[Decision, ...] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llava.checkpoint import internlm2
 from llava.checkpoint.names import COMPUTED, LANGUAGE_MODEL, NOT_OF_THE_TOWER, TOWER
-from llava.checkpoint.opened import HEAD
+from llava.checkpoint.opened import EMBEDDINGS, HEAD
 from llava.checkpoint.weights import Source, read_folder
 from llava.errors import CheckpointError
 from llava.model.config import complete_config
@@ -28,8 +29,9 @@ def open_language_model(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str
     """
     if "model_type" not in data:
         raise CheckpointError(f"{folder}: no config.json with a model_type; this is not a language model's folder")
-    config = complete_config(data, "llama", origin=str(folder / "config.json"))
-    tensors, unknown = LANGUAGE_MODEL.rename_all(read_folder(folder))
+    config = language_config(data, folder)
+    raw = read_language_model(read_folder(folder), str(data["model_type"]), data, folder)
+    tensors, unknown = LANGUAGE_MODEL.rename_all(raw)
     strangers = [name for name in unknown if not COMPUTED.search(name)]
     if strangers:
         raise CheckpointError(f"{folder}: unexpected key {strangers[0]!r}; not a causal language model's name")
@@ -40,6 +42,25 @@ def open_language_model(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str
             "to true if it is tied"
         )
     return config, learnt
+
+
+def language_config(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A language model's configuration as transformers knows it; InternLM2 becomes the Llama that it is."""
+    if data.get("model_type") == "internlm2":
+        data = internlm2.llama_config(data)
+    return complete_config(data, "llama", origin=str(folder / "config.json"))
+
+
+def read_language_model(
+    raw: Mapping[str, Source], kind: str, data: Mapping[str, Any], folder: Path
+) -> Mapping[str, Source]:
+    """A language model's tensors under transformers' names; only InternLM2's differ."""
+    return internlm2.as_llama(raw, data, folder) if kind == "internlm2" else raw
+
+
+def embedding_name(tensors: Mapping[str, Source]) -> str:
+    """The common name of the embedding among tensors."""
+    return next(name for name in EMBEDDINGS if name in tensors)
 
 
 def open_tower(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Source]]:
