@@ -142,7 +142,7 @@ class Engine:
         Weights of small models are copied here: build a new engine after they have been trained further.
         """
         self._model = model
-        self._decoder = choose_decoder(model) if decoder is None else decoder
+        self.decoder = choose_decoder(model) if decoder is None else decoder
         self._limits = limits or EngineLimits()
         self._image_token_id: int = model.config.image_token_id
         self._lock = threading.RLock()
@@ -154,12 +154,17 @@ class Engine:
     @property
     def context_length(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return self._decoder.context_length
+        return self.decoder.context_length
 
     @property
     def num_active(self) -> int:
         """Answers under way, without those that wait."""
         return len(self._active)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Memory of the image features kept for pictures that may be asked about again."""
+        return sum(tensor.nbytes for tensor in self._features.values())
 
     @property
     def num_waiting(self) -> int:
@@ -214,6 +219,7 @@ class Engine:
             for generation in generations:
                 generation.cancel()
 
+    @torch.inference_mode()
     def cancel(self, generation: Generation) -> None:
         """End one answer now; nothing happens when it is done already."""
         with self._lock:
@@ -244,11 +250,11 @@ class Engine:
         """Take waiting jobs as far as the limits allow; those with the same beginning stand together."""
         groups: dict[tuple[tuple[bytes, ...], bytes], list[_Job]] = {}
         active = len(self._active)
-        budget = self._limits.max_cache_bytes // max(self._decoder.bytes_per_token, 1)
+        budget = self._limits.max_cache_bytes // max(self.decoder.bytes_per_token, 1)
         used = sum(len(job.ids) + job.generation.max_new_tokens for job in self._active)
         while self._waiting and active < self._limits.max_active:
             job = self._waiting[0]
-            shared = max(job.end_of_pictures, _MIN_SHARED_TOKENS)
+            shared = job.end_of_pictures or _MIN_SHARED_TOKENS
             key = (job.pictures, job.ids[:shared].tobytes())
             tokens = len(job.ids) + job.generation.max_new_tokens
             if key in groups and len(job.ids) > shared:
@@ -264,7 +270,7 @@ class Engine:
         """Read the prompts of a group and pick their first tokens."""
         self._active.extend(jobs)
         try:
-            logits = self._decoder.prefill(self._make_group(jobs), [job.branch for job in jobs])
+            logits = self.decoder.prefill(self._make_group(jobs), [job.branch for job in jobs])
             self._pick(jobs, logits)
         except torch.OutOfMemoryError:
             self._fail(jobs, "reading the prompt ran out of memory; send a shorter one or fewer pictures")
@@ -276,7 +282,7 @@ class Engine:
         jobs = list(self._active)
         try:
             last = [job.generation.token_ids[-1] for job in jobs]
-            logits = self._decoder.step([job.branch for job in jobs], last)
+            logits = self.decoder.step([job.branch for job in jobs], last)
             self._pick(jobs, logits)
         except torch.OutOfMemoryError:
             self._fail(jobs[-1:], "the answer ran out of memory; ask for fewer tokens or send a shorter prompt")
@@ -308,7 +314,7 @@ class Engine:
         if jobs:
             gone = {job.branch for job in jobs}
             self._active = [job for job in self._active if job.branch not in gone]
-            self._decoder.free(sorted(gone))
+            self.decoder.free(sorted(gone))
 
     def _fail(self, jobs: Sequence[_Job], reason: str) -> None:
         for job in jobs:
@@ -336,7 +342,7 @@ class Engine:
     def _make_group(self, jobs: Sequence[_Job]) -> Group:
         """Split a group's prompts into the beginning they share, pictures included, and what is each one's own."""
         shared = _shared_length([job.ids for job in jobs]) if len(jobs) > 1 else 0
-        rows = [torch.from_numpy(job.ids).to(self._decoder.device) for job in jobs]
+        rows = [torch.from_numpy(job.ids).to(self.decoder.device) for job in jobs]
         return Group(
             prefix_ids=rows[0][:shared],
             image_features=self._image_features(jobs[0]),
@@ -378,7 +384,7 @@ class Engine:
             )
             self._features.update(zip((picture.key for picture in pictures), features, strict=True))
         needed = {key for job in jobs for key in job.pictures}
-        stored = sum(tensor.nbytes for tensor in self._features.values())
+        stored = self.feature_bytes
         for key in list(self._features):
             if stored <= self._limits.max_feature_bytes:
                 break

@@ -42,21 +42,18 @@ def read_layers(decoder: Any, *, eps: float) -> list[Layer]:
     layers = list(decoder.layers)
     size = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
     join = size <= MAX_JOINED_BYTES
-    return [_read_layer(layer, eps, join) for layer in layers]
+    return [_read_layer(layer, eps, decoder.config.hidden_act, join) for layer in layers]
 
 
 def as_function(module: nn.Module) -> Function:
     """A linear layer as a plain function call. Layers that are more than that stay themselves."""
     if type(module) is nn.Linear:
-        return partial(
-            F.linear, weight=module.weight.detach(), bias=None if module.bias is None else module.bias.detach()
-        )
+        return partial(F.linear, weight=module.weight.detach(), bias=_bias(module))
     return module
 
 
-def _read_layer(layer: Any, eps: float, join: bool) -> Layer:
+def _read_layer(layer: Any, eps: float, hidden_act: str, join: bool) -> Layer:
     attention, feed_forward = layer.self_attn, layer.mlp
-    activation = feed_forward.act_fn
     input_norm, queries_keys_values = _normed_product(
         layer.input_layernorm.weight.detach(), [attention.q_proj, attention.k_proj, attention.v_proj], eps, join
     )
@@ -69,7 +66,8 @@ def _read_layer(layer: Any, eps: float, join: bool) -> Layer:
         add_output=_as_residual(attention.o_proj),
         feed_forward_norm=feed_forward_norm,
         gate_and_up=gate_and_up,
-        activation=F.silu if isinstance(activation, nn.SiLU) else activation,
+        # transformers wraps silu in a module of its own; a call of a module costs more than silu does
+        activation=F.silu if hidden_act == "silu" else feed_forward.act_fn,
         add_down=_as_residual(feed_forward.down_proj),
     )
 
@@ -83,8 +81,8 @@ def _normed_product(scale: Tensor, modules: Sequence[nn.Module], eps: float, joi
         return norm, lambda x: torch.cat([function(x) for function in functions], dim=-1)
     linears = cast(Sequence[nn.Linear], modules)
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [torch.zeros(1) if linear.bias is None else linear.bias.detach() for linear in linears]
-    bias = None if all(linear.bias is None for linear in linears) else torch.cat(biases)
+    biases = [bias for bias in map(_bias, linears) if bias is not None]
+    bias = torch.cat(biases) if biases else None
     if weight.dtype is not torch.float32:
         return norm, partial(F.linear, weight=weight, bias=bias)
     # x / sqrt(mean(x^2) + eps) * scale = x / hypot(|x|, sqrt(D * eps)) * (sqrt(D) * scale): three kernels for six, and
@@ -100,8 +98,13 @@ def _divide_by_norm(x: Tensor, floor: Tensor) -> Tensor:
 
 def _as_residual(module: nn.Module) -> Residual:
     """A linear layer whose output is added to the residual stream."""
-    if type(module) is nn.Linear and module.bias is None:
+    if type(module) is nn.Linear and _bias(module) is None:
         weight = module.weight.detach().t()
         return lambda residual, x: torch.addmm(residual, x, weight)
     function = as_function(module)
     return lambda residual, x: residual + function(x)
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    bias: Tensor | None = linear.bias
+    return None if bias is None else bias.detach()

@@ -117,6 +117,7 @@ class LeanDecoder:
         self._model = model
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
+        self._grouped = self._kv_heads != self._heads
         self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._eps: float = config.rms_norm_eps
         self._rotary: nn.Module = language_model.model.rotary_emb
@@ -296,13 +297,15 @@ class LeanDecoder:
         self, first: int, num_columns: int, mask: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Attention of N new tokens of one row over its columns; without a mask the tokens are all of it, in order."""
-        group = self._heads // self._kv_heads
         keys = keys[first : first + num_columns].transpose(0, 1)  # (kv_heads, T, head_dim)
         values = values[first : first + num_columns].transpose(0, 1)
-        if group > 1:
-            keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
         out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None
+            queries.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self._grouped,
         )
         return out[0].transpose(0, 1).reshape(queries.shape[0], -1)
 
@@ -319,19 +322,11 @@ class LeanDecoder:
         """Attention of one new token for each branch. queries: (N, heads, head_dim); size, stride: `_views`."""
         keys, values = keys.as_strided(size, stride), values.as_strided(size, stride)  # (R, kv_heads, T, head_dim)
         rows, per_row = layout.query_owner.shape
-        group = self._heads // self._kv_heads
-        # Query heads that share keys stand as more queries of one head: (R, kv_heads, Q * group, head_dim).
         if layout.slots is not None:
-            queries = queries.new_zeros(rows * per_row, *queries.shape[1:]).index_copy(0, layout.slots, queries)
-        if per_row == 1:
-            queries = queries.reshape(rows, self._kv_heads, group, self._head_dim)
-            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).reshape(rows, -1)
-        else:
-            split = queries.reshape(rows, per_row, self._kv_heads, group, self._head_dim)
-            split = split.transpose(1, 2).reshape(rows, self._kv_heads, per_row * group, self._head_dim)
-            out = F.scaled_dot_product_attention(split, keys, values, attn_mask=mask)
-            out = out.reshape(rows, self._kv_heads, per_row, group, self._head_dim).transpose(1, 2)
-            out = out.reshape(rows * per_row, -1)
+            queries = queries.new_zeros(rows * per_row, *queries.shape[1:]).index_copy_(0, layout.slots, queries)
+        queries = queries.view(rows, per_row, self._heads, self._head_dim).transpose(1, 2)  # (R, heads, Q, head_dim)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=self._grouped)
+        out = out.transpose(1, 2).reshape(rows * per_row, -1)
         return out if layout.slots is None else out[layout.slots]
 
     def _views(self, layout: _Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -341,13 +336,12 @@ class LeanDecoder:
         return size, (self._cache.columns * width, self._head_dim, width, 1)
 
     def _step_mask(self, layout: _Layout) -> Tensor:
-        """(R, 1, Q * group, T) bool, True where a query may attend."""
+        """(R, 1, Q, T) bool, True where a query may attend."""
         owner = self._cache.owner[: len(self._rows), None, : layout.longest_columns]  # (R, 1, T)
         mask = (owner == PREFIX) | (owner == layout.query_owner[:, :, None])  # (R, Q, T)
         # A query that stands for nobody sees the first column: a softmax over nothing would be NaN.
         mask[:, :, 0] |= layout.query_owner == _NO_QUERY
-        group = self._heads // self._kv_heads
-        return mask.repeat_interleave(group, dim=1)[:, None] if group > 1 else mask[:, None]
+        return mask[:, None]
 
     def _lay_out(self, branches: Sequence[int]) -> _Layout:
         index_of = {id(row): i for i, row in enumerate(self._rows)}

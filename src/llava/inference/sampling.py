@@ -19,6 +19,9 @@ from llava.errors import EngineError
 
 _MAX_SEED = 2**63 - 1
 
+# Below it the likeliest token is certain anyway, and float32 cannot hold much smaller numbers.
+_MIN_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -102,7 +105,7 @@ def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
     The likeliest token always stays. Of tokens equally likely at the border of top-k all stay.
     """
     # Dividing by a tiny temperature may overflow; the largest logit at 0 keeps it finite and changes no probability.
-    logits = (logits - logits.max()) / params.temperature
+    logits = (logits - logits.max()) / max(params.temperature, _MIN_TEMPERATURE)
     if 0 < params.top_k < logits.shape[-1]:
         border = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < border, -math.inf)
