@@ -97,6 +97,14 @@ class ConversationFile(Sequence[Conversation]):
         """The pictures that a record names, known without reading it."""
         return self.records.picture_sets[self.records.pictures[index]]
 
+    def first_mentions(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Each set of pictures once, with the first record that names it."""
+        seen: set[int] = set()
+        for record, number in enumerate(self.records.pictures):
+            if number not in seen:
+                seen.add(number)
+                yield record, self.records.picture_sets[number]
+
     def _resolve(self, name: str, origin: str) -> Path:
         return resolve_image(name, self.image_root, origin=origin)
 
@@ -205,15 +213,21 @@ class _IndexBuilder:
 
 
 def _named_pictures(record: object) -> tuple[str, ...]:
-    """The picture paths in a record's `image` or `images`; wrong shapes are left for the parser to refuse."""
+    """The picture paths in a record's `image` or `images`; wrong shapes are left for the parser to refuse.
+
+    A picture that is written out in the record (a data: URL) is named by its digest.
+    """
     if not isinstance(record, Mapping):
         return ()
     value = record.get("image") or record.get("images")
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return tuple(value)
-    return ()
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(f"data:{_digest(name)}" if name[:5].lower() == "data:" else name for name in names)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _index_lines(path: Path) -> RecordIndex:

@@ -1,0 +1,228 @@
+"""From a recipe's conversations to the batches of each global step, in an order that is a function of the seed alone.
+
+Step s of a run holds the same conversations whatever the number of workers or processes and wherever the run was
+stopped: the plan is arithmetic on (seed, epoch, group), and the position is one number. A group is up to
+`conversations_per_tree` conversations on one picture; groups are shuffled, and each step takes `batch_conversations`
+conversations' worth of them. Workers are threads: decoding, resizing and tokenising release the interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.batch import Batch, build_batch
+from llava.data.packing import Tree, fit_rows, grow_trees
+from llava.errors import TrainingError
+from llava.prompt.processor import Encoded
+
+Group = tuple[int, ...]
+EncodeGroup = Callable[[Group], Sequence[Encoded]]
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalStep:
+    """What one process computes of one optimizer step.
+
+    conversations: numbers of the conversations in it, all processes together; dropped: how many of this process's
+    were left out as too long; num_answer_tokens: of this process's micro-batches.
+    """
+
+    step: int
+    epoch: float
+    conversations: tuple[int, ...]
+    micro_batches: tuple[Batch, ...]
+    dropped: int
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(batch.num_answer_tokens for batch in self.micro_batches)
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """Which groups each step holds. Every epoch shuffles all groups anew and ends with a step of what is left."""
+
+    groups: Sequence[Group]
+    batch_conversations: int
+    seed: int
+    epochs: float = 1.0
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        assert all(len(group) <= self.batch_conversations for group in self.groups), "a group fills more than a step"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the first epoch; others may differ by one when groups differ in size."""
+        return len(self._bounds(0)) - 1
+
+    @property
+    def total_steps(self) -> int:
+        whole, part = divmod(self.epochs, 1.0)
+        steps = sum(len(self._bounds(epoch)) - 1 for epoch in range(int(whole)))
+        if part > 0:
+            steps += math.ceil(part * (len(self._bounds(int(whole))) - 1))
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def groups_of(self, step: int) -> list[Group]:
+        """The groups of a step, in order."""
+        epoch, inner = self.locate(step)
+        bounds = self._bounds(epoch)
+        order = self._order(epoch)
+        return [self.groups[i] for i in order[bounds[inner] : bounds[inner + 1]]]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it)."""
+        epoch = 0
+        while step >= (steps := len(self._bounds(epoch)) - 1):
+            step -= steps
+            epoch += 1
+        return epoch, step
+
+    def epoch_at(self, step: int) -> float:
+        """How many epochs are done when a step is done."""
+        epoch, inner = self.locate(step)
+        return epoch + (inner + 1) / (len(self._bounds(epoch)) - 1)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its run
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=epoch)).permutation(len(self.groups))
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _bounds(self, epoch: int) -> NDArray[np.int64]:
+        """Where each step begins in the epoch's order, and where the last one ends."""
+        sizes = np.array([len(group) for group in self.groups], dtype=np.int64)[self._order(epoch)]
+        before = np.cumsum(sizes) - sizes
+        step_of_group = before // self.batch_conversations
+        starts = np.flatnonzero(np.diff(step_of_group, prepend=-1))
+        return np.append(starts, len(self.groups))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step's trees become rows and micro-batches. Changes no gradient, only memory and speed."""
+
+    row_tokens: int
+    micro_batch_tokens: int
+    image_token_id: int
+    pad_token_id: int
+    multiple: int = 8
+
+
+class Loader:
+    """Yields the global steps from a position on; `encode` turns a group into one Encoded a conversation.
+
+    `encode` may leave out conversations that are too long; they are counted in GlobalStep.dropped.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        encode: EncodeGroup,
+        *,
+        layout: Layout,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        fingerprint: str = "",
+    ) -> None:
+        self.plan = plan
+        self.position = 0
+        self._encode = encode
+        self._layout = layout
+        self._workers = workers
+        self._rank = rank
+        self._world_size = world_size
+        self._fingerprint = fingerprint
+
+    def __iter__(self) -> Iterator[GlobalStep]:
+        """Steps from the position to the end of the plan; the position moves when a step is handed out."""
+        steps = range(self.position, self.plan.total_steps)
+        for made in self._ahead(steps) if self._workers else map(self.make, steps):
+            self.position = made.step + 1
+            yield made
+
+    def make(self, step: int) -> GlobalStep:
+        """Prepare one step; a pure function of the plan, the data and the step."""
+        groups = self.plan.groups_of(step)
+        trees: list[Tree] = []
+        wanted = 0
+        # Dealt in turn: every process gets its share of pictures whatever the number of processes.
+        for group in groups[self._rank :: self._world_size]:
+            encoded = self._encode(group)
+            wanted += len(group)
+            if encoded:
+                trees += grow_trees(
+                    encoded, image_token_id=self._layout.image_token_id, max_tokens=self._layout.row_tokens
+                )
+        batches = tuple(lay_out(trees, self._layout))
+        return GlobalStep(
+            step=step,
+            epoch=self.plan.epoch_at(step),
+            conversations=tuple(i for group in groups for i in group),
+            micro_batches=batches,
+            dropped=wanted - sum(batch.num_conversations for batch in batches),
+        )
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position, and what it is a position in."""
+        return {"position": self.position, "seed": self.plan.seed, "data": self._fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+        """Go on where another loader stopped. Raises TrainingError when it read other data or another order."""
+        for key, here in (("seed", self.plan.seed), ("data", self._fingerprint)):
+            if state[key] != here:
+                raise TrainingError(
+                    f"the checkpoint was made with another {key} ({state[key]!r}, now {here!r}); "
+                    "give back what it was, or choose another run.out"
+                )
+        self.position = int(state["position"])
+
+    def _ahead(self, steps: range) -> Iterator[GlobalStep]:
+        """Prepare steps in threads, a few ahead of the one that is asked for."""
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="llava-loader")
+        waiting: deque[Future[GlobalStep]] = deque()
+        upcoming = iter(steps)
+        try:
+            for step in upcoming:
+                waiting.append(pool.submit(self.make, step))
+                if len(waiting) > 2 * self._workers:
+                    break
+            while waiting:
+                made = waiting.popleft().result()
+                for step in upcoming:
+                    waiting.append(pool.submit(self.make, step))
+                    break
+                yield made
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def lay_out(trees: Sequence[Tree], layout: Layout) -> Iterator[Batch]:
+    """Rows by best fit, rows of like length together, as many a batch as `micro_batch_tokens` allows (at least one)."""
+    if not trees:
+        return
+    rows = fit_rows([tree.num_tokens for tree in trees], layout.row_tokens)
+    lengths = [sum(trees[i].num_tokens for i in row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
+    members: list[int] = []
+    for row in order:
+        padded = -(-lengths[members[0] if members else row] // layout.multiple) * layout.multiple
+        if members and padded * (len(members) + 1) > layout.micro_batch_tokens:
+            yield _batch(members, rows, trees, layout)
+            members = []
+        members.append(row)
+    yield _batch(members, rows, trees, layout)
+
+
+def _batch(members: Sequence[int], rows: Sequence[Sequence[int]], trees: Sequence[Tree], layout: Layout) -> Batch:
+    laid = [[trees[i] for i in rows[row]] for row in members]
+    return build_batch(laid, pad_token_id=layout.pad_token_id, multiple=layout.multiple)

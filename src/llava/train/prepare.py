@@ -1,0 +1,173 @@
+"""Everything that a run needs, opened and checked before its first step, without training or writing anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.checkpoint.load import Loaded, build, load
+from llava.data.encoding import GroupEncoder
+from llava.data.loader import Layout, Loader, StepPlan
+from llava.data.sources import ConversationSet, read_conversations, resolve_image
+from llava.distributed import pick_device, pick_dtype, world_size
+from llava.errors import DataError, RecipeError, TrainingError
+from llava.prompt.processor import Processor
+from llava.train.loop import Trainer
+from llava.train.progress import RunInfo
+from llava.train.recipe import Recipe
+from llava.train.stages import PartSummary, apply_stage, describe_stage
+
+
+@dataclass
+class Prepared:
+    """Everything that a run needs, opened and checked, before its first step."""
+
+    recipe: Recipe
+    out_dir: Path
+    loaded: Loaded
+    conversations: ConversationSet
+    loader: Loader
+    trainer: Trainer
+    summaries: list[PartSummary]
+    dtype: torch.dtype
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> RunInfo:
+        return RunInfo(
+            out_dir=self.out_dir,
+            table=describe_stage(self.summaries),
+            total_steps=self.loader.plan.total_steps,
+            first_step=self.loader.position,
+            conversations=len(self.conversations),
+            device=str(self.trainer.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+
+def prepare_run(recipe: Recipe) -> Prepared:
+    """Open and check all that a recipe names."""
+    if world_size() > 1:
+        raise TrainingError("training with several processes is not supported yet; start one process, without torchrun")
+    out_dir = out_dir_of(recipe)
+    device = pick_device(recipe.run.device)
+    dtype = pick_dtype(device, recipe.run.dtype)
+    # float16 needs loss scaling and gains little where bfloat16 is missing.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    conversations = open_conversations(recipe)
+    for name in recipe.run.sample_images:
+        if not Path(name).is_file():
+            raise RecipeError(f"run.sample_images: {name}: no such file")
+    torch.manual_seed(recipe.run.seed)
+    loaded = open_model(recipe)
+    summaries = apply_stage(loaded.model, recipe.tune)
+    loader = _build_loader(recipe, loaded, conversations)
+    trainer = Trainer(
+        loaded.model,
+        optim=recipe.optim,
+        total_steps=loader.plan.total_steps,
+        dtype=dtype,
+        max_bad_steps=recipe.run.max_bad_steps,
+    )
+    loader.make(0)  # the first step's errors come before the first checkpoint, not after an hour of loading
+    return Prepared(recipe, out_dir, loaded, conversations, loader, trainer, summaries, dtype)
+
+
+def open_conversations(recipe: Recipe) -> ConversationSet:
+    """The recipe's conversation files. Raises DataError when a file or a picture that it names is not there."""
+    data = recipe.data
+    conversations = ConversationSet([read_conversations(name, image_root=data.images) for name in data.files])
+    for file in conversations.files:
+        for record, names in file.first_mentions():
+            for name in names:
+                origin = file.origin(record)
+                if not name.startswith("data:") and not resolve_image(name, file.image_root, origin=origin).exists():
+                    raise DataError(
+                        f"{origin}: picture {name!r} is not in {file.image_root}; "
+                        "set data.images to the folder that its path begins in"
+                    )
+    return conversations
+
+
+def open_model(recipe: Recipe) -> Loaded:
+    """The model that the run starts from, in float32 (the optimizer's precision), with the recipe's prompt settings."""
+    wanted = recipe.model
+    if wanted.path is not None:
+        loaded = load(wanted.path, base=wanted.base, device=recipe.run.device, dtype="float32")
+        return _with_prompt_settings(loaded, template=wanted.template, image_mode=wanted.image_mode)
+    assert wanted.language_model is not None and wanted.vision_tower is not None  # the recipe's validator saw to it
+    choices: dict[str, Any] = {
+        "template": wanted.template,
+        "image_mode": wanted.image_mode,
+        "vision_feature_layer": wanted.vision_feature_layer,
+    }
+    return build(
+        wanted.language_model,
+        wanted.vision_tower,
+        projector=wanted.projector,
+        seed=recipe.run.seed,
+        match_embedding_scale=wanted.match_embedding_scale,
+        device=recipe.run.device,
+        dtype="float32",
+        **{name: value for name, value in choices.items() if value is not None},
+    )
+
+
+def _with_prompt_settings(loaded: Loaded, *, template: str | None, image_mode: str | None) -> Loaded:
+    """Another template or image mode for an existing model; both are saved with it."""
+    processor, model = loaded.processor, loaded.model
+    if template is not None:
+        processor = processor.with_template(template)
+        model.config = model.config.with_changes(template=template)
+    if image_mode is not None and image_mode != model.config.image_mode:
+        if "anyres" in (image_mode, model.config.image_mode):
+            raise RecipeError(
+                f"model.image_mode: {image_mode!r} changes how many tokens a picture has; build a new model"
+            )
+        processor = Processor(
+            processor.tokenizer,
+            processor.template,
+            image_settings=replace(processor.image_settings, mode=image_mode),  # type: ignore[arg-type]
+            image_token_id=processor.image_token_id,
+            start_end_tokens=processor.start_end_tokens,
+            image_position=processor.image_position,
+            text_after_image=processor.text_after_image,
+            context_length=processor.context_length,
+        )
+        model.config = model.config.with_changes(image_mode=image_mode)
+    return Loaded(model, processor, loaded.report)
+
+
+def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet) -> Loader:
+    data, optim = recipe.data, recipe.optim
+    limit = min(data.conversations_per_tree, optim.batch_conversations) if data.group_by_picture else 1
+    plan = StepPlan(
+        conversations.group_by_picture(limit=limit),
+        optim.batch_conversations,
+        recipe.run.seed,
+        epochs=optim.epochs,
+        max_steps=optim.max_steps,
+    )
+    processor = loaded.processor if data.template is None else loaded.processor.with_template(data.template)
+    encode = GroupEncoder(conversations, processor, max_tokens=data.max_tokens, drop_too_long=data.too_long == "drop")
+    pad = processor.tokenizer.pad_token_id
+    layout = Layout(
+        row_tokens=data.row_tokens,
+        micro_batch_tokens=recipe.run.micro_batch_tokens,
+        image_token_id=processor.image_token_id,
+        pad_token_id=0 if pad is None else pad,  # masked out; any id in the vocabulary does
+    )
+    return Loader(plan, encode, layout=layout, workers=data.workers, fingerprint=conversations.fingerprint)
+
+
+def out_dir_of(recipe: Recipe) -> Path:
+    """The run's folder. Raises RecipeError when none is named or a file is in its place."""
+    if recipe.run.out is None:
+        raise RecipeError("run.out is missing: name the run's folder, for example --out runs/mine")
+    out_dir = Path(recipe.run.out)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise RecipeError(f"run.out: {out_dir} is a file; name a folder")
+    return out_dir
