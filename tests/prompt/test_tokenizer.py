@@ -1,0 +1,213 @@
+"""Both dialects against recorded ids, and the promise that no words become a special token."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prompt_recordings import GOLDEN, open_tokenizer, read
+
+from llava.errors import CheckpointError, PromptError
+from llava.prompt.tokenizer import Tokenizer, load_tokenizer
+from llava.prompt.tokenizer_base import described
+from llava.prompt.tokenizer_fast import FastTokenizer
+
+RECORDED = read("h_text/raw_tokenize.json")
+MARKS = ("<im_start>", "<im_end>")
+
+
+@cache
+def recorded_tokenizer(name: str) -> Tokenizer:
+    if name.startswith("llama_fast"):  # transformers 4.37's fast class gives the legacy ids, whatever the flag
+        name = "llama_legacy"
+    return open_tokenizer(name, added=MARKS)
+
+
+@cache
+def llama_like(*, prefix: str) -> FastTokenizer:
+    """A small byte-fallback tokenizer.json: `prefix` "prepend" (legacy), "first" or "always" (Metaspace)."""
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    specials = ["<unk>", "<s>", "</s>"]
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=specials + bytes_, show_progress=False)
+    trained.train_from_iterator(["USER: what is in the image? ASSISTANT: a red bowl </s> <s> [INST] x"] * 3, trainer)
+    spec = json.loads(trained.to_str())
+    spec["added_tokens"] = [{"id": i, **described(token, special=True)} for i, token in enumerate(specials)]
+    spec["added_tokens"].append({"id": 599, **described("<|end|>", special=False)})
+    spec["added_tokens"].append({"id": 600, **described("<image>", special=True)})
+    if prefix == "prepend":
+        spec["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
+        spec["pre_tokenizer"] = None
+    else:
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix, "split": False}
+    decoders: list[dict[str, object]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    spec["decoder"] = {"type": "Sequence", "decoders": decoders}
+    return FastTokenizer(spec, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})
+
+
+KINDS = ("llama_legacy", "llama_nonlegacy", "mpt", "fast:prepend", "fast:first", "fast:always")
+
+
+@cache
+def tokenizer(kind: str) -> Tokenizer:
+    if kind.startswith("fast:"):
+        return llama_like(prefix=kind.removeprefix("fast:"))
+    return open_tokenizer(kind, added=("<image>", *MARKS))
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name != "strings"])
+def test_ids_equal_every_recorded_string(name: str) -> None:
+    for text, ids in zip(RECORDED["strings"], RECORDED[name]["ids"], strict=True):
+        assert recorded_tokenizer(name).encode_markup(text) == ids, text
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED if name != "strings" and "fast" not in name])
+def test_decoded_words_equal_the_recorded_ones_but_for_leading_blanks(name: str) -> None:
+    # transformers 4 swallows blanks that somebody typed first; they are words like others here.
+    for ids, text in zip(RECORDED[name]["ids"], RECORDED[name]["decode_skip_special"], strict=True):
+        assert recorded_tokenizer(name).decode(ids).lstrip(" ") == text.lstrip(" ")
+
+
+SPECIALS = ("</s>", "<s>", "<unk>", "<image>", "<im_start>", "<|im_end|>", "<|endoftext|>", "<|end|>", "[INST]")
+words = st.lists(
+    st.one_of(
+        st.sampled_from(SPECIALS),
+        st.sampled_from((" ", "  ", "\n", "USER:", "ASSISTANT:", "<", "s>", "</", "é", "图", "🙂", "<0x41>")),
+        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁"), max_size=6),
+    ),
+    max_size=8,
+).map("".join)
+
+
+def shown(kind: str, text: str) -> str:
+    """What decoding gives back: the `tokenizers` library's Metaspace step swallows a first blank that was typed."""
+    return text.removeprefix(" ") if kind in ("fast:first", "fast:always") else text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None)
+@given(text=words)
+def test_words_never_give_a_special_token_and_decode_to_themselves(kind: str, text: str) -> None:
+    subject = tokenizer(kind)
+    for run in ("first", "after", "bare"):
+        ids, starts = subject.encode_with_starts(text, kind=run)
+        assert subject.special_ids.isdisjoint(ids)
+        assert starts == sorted(starts)
+        assert len(starts) == len(ids)
+        assert all(0 <= start < len(text) for start in starts)
+    assert subject.decode(subject.encode(text), skip_special=False) == shown(kind, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(text=words, cut=st.integers(0, 20))
+def test_starts_say_which_characters_a_token_stands_for(kind: str, text: str, cut: int) -> None:
+    subject = tokenizer(kind)
+    ids, starts = subject.encode_with_starts(text)
+    if not 0 < cut < len(ids):
+        return
+    left = subject.decode(ids[:cut], skip_special=False)
+    # A token may stand for a part of a character only (bytes): the broken end is left out of the comparison.
+    if starts[cut] != starts[cut - 1] and "\ufffd" not in left:
+        assert left == shown(kind, text[: starts[cut]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_special_string_written_by_a_person_stays_words(kind: str) -> None:
+    subject = tokenizer(kind)
+    for token in subject.added_tokens:
+        if subject.token_id(token) in subject.special_ids:
+            for text in (token, f"a{token}b", f" {token} ", token * 3):
+                assert subject.special_ids.isdisjoint(subject.encode(text)), text
+                assert subject.decode(subject.encode(text), skip_special=False) == shown(kind, text)
+
+
+def test_a_chat_mark_that_its_file_does_not_call_special_is_one_anyway() -> None:
+    subject = tokenizer("fast:first")
+    assert subject.token_id("<|end|>") in subject.special_ids
+    assert subject.split_markup("a<|end|>\n") == ("a", subject.token_id("<|end|>"), "\n")
+
+
+def test_many_special_strings_in_one_text_take_no_quadratic_time() -> None:
+    text = "<|end|>" * 5000  # the worst: tokens that the library itself would parse
+    ids = tokenizer("fast:first").encode(text)
+    assert tokenizer("fast:first").special_ids.isdisjoint(ids)
+
+
+@pytest.mark.parametrize(("prefix", "expected"), [("prepend", True), ("always", True), ("first", False)])
+def test_text_after_a_special_token_gets_a_blank_only_where_the_file_says_so(prefix: str, expected: bool) -> None:
+    subject = llama_like(prefix=prefix)
+    whole = tokenizers.Tokenizer.from_str(json.dumps(subject._spec))
+    text = "USER: a</s>USER: b"
+    assert subject.encode_markup(text) == [*subject.prefix_ids, *whole.encode(text, add_special_tokens=False).ids]
+    after = subject.encode_plain("USER", kind="after")
+    assert (after == subject.encode_plain("USER", kind="first")) is expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_tokenizer_is_the_same_again(kind: str, tmp_path: Path) -> None:
+    subject = tokenizer(kind)
+    subject.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.special_ids == subject.special_ids
+    assert again.vocab_size == subject.vocab_size
+    for text in RECORDED["strings"]:
+        assert again.encode_markup(text) == subject.encode_markup(text)
+        assert again.encode(text) == subject.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["fast:prepend", "fast:first", "mpt"])
+def test_a_saved_fast_tokenizer_opens_in_transformers_with_equal_ids(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    subject = tokenizer(kind)
+    subject.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("USER: hi ASSISTANT: ok</s>USER: more", "  two  spaces", "<image>\nWhat?", "这图 é 🙂"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert subject.encode_markup(text) == [*subject.prefix_ids, *ids], text
+
+
+def test_added_tokens_go_behind_the_vocabulary_and_are_found_again() -> None:
+    subject = open_tokenizer("llama_legacy")
+    size = subject.vocab_size
+    assert subject.add_special_tokens(["<image>", "<im_start>"]) == [size, size + 1]
+    assert subject.add_special_tokens(["<image>"]) == [size]
+    assert subject.vocab_size == size + 2
+    with pytest.raises(PromptError, match="no token '<nothing>'"):
+        subject.token_id("<nothing>")
+
+
+def test_a_folder_without_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"looked for tokenizer\.json and tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: not JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_added_tokens_are_read_from_any_of_the_three_files(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "tokenizers" / "llama-tiny", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": 480, "<im_patch>": 481}))
+    special = json.loads((tmp_path / "special_tokens_map.json").read_text())
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": "[PAD]"}))
+    subject = load_tokenizer(tmp_path)
+    assert subject.pad_token_id == 480
+    assert {480, 481} <= subject.special_ids
+    assert subject.encode_markup("a<im_patch>")[-1] == 481
