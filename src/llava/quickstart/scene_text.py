@@ -64,18 +64,19 @@ class RowWriter:
 
     def write_row(self, scene: Scene, form: str, rng: random.Random, *, max_tokens: int) -> Row:
         """Fill a row with turns by KIND_WEIGHTS until no further one fits."""
-        kinds, weights = _kinds_of(form)
+        kinds = list_kinds(form)
+        weights = [KIND_WEIGHTS[kind] for kind in kinds]
         turns: list[Turn] = []
         context, listed = self._write_context(scene, form, rng)
         left = max_tokens - len(context)
         pieces: list[tuple[list[int], list[int]]] = []
         for _ in range(200):
-            turn = _ask_of(listed, rng.choices(kinds, weights)[0], form, rng)
+            turn = ask_of(listed, rng.choices(kinds, weights)[0], form, rng)
             if turn is None:
                 continue
             ids, labels = self._write_turn(turn)
             if rng.random() < _SECOND_TURN_SHARE:
-                second = _ask_of(listed, rng.choices(kinds, weights)[0], form, rng)
+                second = ask_of(listed, rng.choices(kinds, weights)[0], form, rng)
                 if second is not None:
                     more, more_labels = self._write_turn(second, first=False)
                     ids, labels = ids + more, labels + more_labels
@@ -172,12 +173,12 @@ def write_grid(scene: Scene) -> NDArray[np.float32]:
     return grid
 
 
-def _kinds_of(form: str) -> tuple[tuple[str, ...], list[float]]:
-    kinds = _NAME_KINDS if form == "names" else _PLACE_KINDS if form == "places" else KINDS
-    return kinds, [KIND_WEIGHTS[kind] for kind in kinds]
+def list_kinds(form: str) -> tuple[str, ...]:
+    """The kinds that a form of context can answer."""
+    return _NAME_KINDS if form == "names" else _PLACE_KINDS if form == "places" else KINDS
 
 
-def _ask_of(scene: Scene, kind: str, form: str, rng: random.Random) -> Turn | None:
+def ask_of(scene: Scene, kind: str, form: str, rng: random.Random) -> Turn | None:
     """A turn that this form of context can answer."""
     turn = ask(scene, kind, rng)
     if turn is None or (form == "names" and turn.about == "region"):
