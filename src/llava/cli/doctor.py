@@ -168,8 +168,8 @@ def find_other_llavas(ours: Path) -> list[str]:
     registered = _version("llava")
     if registered not in (None, llava.__version__):
         problems.append(
-            f"the installed package llava is version {registered}, but this one is {llava.__version__}: another project "
-            "of that name was installed over it; pip uninstall llava, then reinstall this one"
+            f"the installed package llava is version {registered}, but this one is {llava.__version__}: another "
+            "project of that name was installed over it; pip uninstall llava, then reinstall this one"
         )
     return problems
 
