@@ -40,6 +40,9 @@ class NoProcessor:
     def save(self, folder: Path) -> None:
         pass
 
+    def block(self) -> dict[str, Any]:
+        return {}
+
 
 def stock_model(kind: str = "llava", tower: str = "clip", language: str = "llama", **text: Any) -> Any:
     import transformers
@@ -181,8 +184,7 @@ def test_each_damaged_key_is_an_error_that_names_key_file_and_shape(tmp_path: Pa
                 check_tensors(open_checkpoint(tmp_path), empty)
             message = str(caught.value)
             assert "model.safetensors" in message and shape in message, (damage, message)
-            leaf = name.removeprefix("vision_tower.").removeprefix("language_model.")
-            assert leaf in message, (damage, name, message)
+            assert name in message, (damage, name, message)
     save_file(state, path)
     open_here(tmp_path)
 
@@ -191,7 +193,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     stock_model().save_pretrained(tmp_path / "stock")
     model = open_here(tmp_path / "stock")
 
-    class Failing:
+    class Failing(NoProcessor):
         def save(self, folder: Path) -> None:
             raise OSError("disk full")
 

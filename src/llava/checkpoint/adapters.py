@@ -39,6 +39,7 @@ class Adapter:
     settings: Mapping[str, Any]
     pairs: Mapping[str, LoraPair]
     others: Mapping[str, Source]
+    rename: Callable[[str], str | None] = lambda name: name  # a weight's name in the file to the common one
 
 
 def is_adapter(folder: Path) -> bool:

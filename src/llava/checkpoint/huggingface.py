@@ -23,6 +23,7 @@ from llava.checkpoint.weights import Source, held, read_folder, write_safetensor
 from llava.errors import CheckpointError, UsageError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
+from llava.model.lora import merged_parameters
 
 if TYPE_CHECKING:
     from llava.prompt.processor import Processor
@@ -68,6 +69,7 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
             Decision("merge type", config.merge_type, by_block),
         ),
         ignored=ignored,
+        naming=HUGGINGFACE,
     )
 
 
@@ -109,22 +111,23 @@ def _without_padding_layers(tensors: Mapping[str, Source], config: LlavaConfig, 
 def save(model: Llava, processor: Processor, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> Path:
     """Write a model and its processor as a folder that stock transformers opens; returns the folder.
 
+    An attached LoRA is merged into what is written; the model itself is left as it is.
     Written to a temporary folder beside it, put on the disk, then moved into place: a reader sees the old state or
     the new one. Raises CheckpointError for parameters that are not held here (sharded or quantised).
     """
     tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not (parameter.is_floating_point() or parameter.dtype == torch.bool):
+    for name, value in merged_parameters(model):
+        if value.is_meta or not value.is_floating_point():
             raise CheckpointError(f"cannot save {name!r}: it is quantised or not on this process; merge or gather it")
         common = common_name(name, model)
-        tensors[common] = held(common, parameter.detach(), file=Path("memory"))
-    return write(model.config, tensors, processor.save, folder, max_shard_bytes=max_shard_bytes)
+        tensors[common] = held(common, value, file=Path("memory"))
+    return write(model.config, tensors, processor, folder, max_shard_bytes=max_shard_bytes)
 
 
 def write(
     config: LlavaConfig,
     tensors: Mapping[str, Source],
-    save_processor: Callable[[Path], None],
+    processor: Processor,
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -132,16 +135,25 @@ def write(
     advance: Callable[[int], None] | None = None,
     verify: Callable[[Path, Mapping[str, Source]], None] | None = None,
 ) -> Path:
-    """Write tensors under common names in this layout. `verify` sees the temporary folder before it is moved."""
-    config, tensors = prepare(config, tensors)
+    """Write tensors under common names in this layout. `verify` sees the temporary folder before it is moved.
+
+    dtype: for floating tensors, None keeps each as it is; advance: called with the bytes of each tensor written.
+    """
+    config, tensors = prepare(with_processor(config, processor), tensors)
     with replaced_folder(Path(folder)) as temporary:
         write_safetensors(temporary, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=advance)
-        save_processor(temporary)
-        # after the processor, which may write its own view of the folder's config.json
+        processor.save(temporary)
+        # after the processor, which writes a config.json of its own where there is none
         write_text(temporary / "config.json", json.dumps(_config_json(config, tensors, dtype), indent=2) + "\n")
         if verify is not None:
             verify(temporary, tensors)
     return Path(folder)
+
+
+def with_processor(config: LlavaConfig, processor: Processor) -> LlavaConfig:
+    """The configuration with what its processor decides (template, picture settings) as the processor has it."""
+    block = {**config.to_dict()["llava"], **processor.block()}
+    return LlavaConfig.from_dict({**config.to_dict(), "llava": block})
 
 
 def prepare(config: LlavaConfig, tensors: Mapping[str, Source]) -> tuple[LlavaConfig, dict[str, Source]]:

@@ -31,6 +31,15 @@ class Renaming:
         """The name in this format of a common name: the inverse of `rename`."""
         return next((old + name[len(new) :] for old, new in self.table if name.startswith(new)), None)
 
+    def spelled(self, name: str, keys: Iterable[str]) -> str:
+        """The inverse of `rename` where several spellings are known: the one that the other `keys` are written in."""
+        fitting = [(old, old + name[len(new) :]) for old, new in self.table if name.startswith(new)]
+        keys = list(keys)
+        used = [(old, spelled) for old, spelled in fitting if any(key.startswith(old) for key in keys)]
+        if used:
+            return max(used, key=lambda pair: len(pair[0]))[1]
+        return fitting[0][1] if fitting else name
+
     def rename_all(self, tensors: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
         """A dict under common names, and the names that no prefix fits. Two names that become one are an error."""
         out: dict[str, T] = {}

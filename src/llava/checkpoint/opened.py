@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from llava.checkpoint.adapters import Adapter
-from llava.checkpoint.names import COMPUTED, common_name
+from llava.checkpoint.names import COMPUTED, Renaming, common_name
 from llava.checkpoint.weights import Source
 from llava.errors import CheckpointError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
+from llava.model.lora import ADAPTER, attach_lora
 
 if TYPE_CHECKING:
     from llava.prompt.processor import Processor
@@ -54,7 +55,8 @@ class Opened:
     """A checkpoint understood but not read.
 
     tensors: every learnt tensor by its common name (llava.checkpoint.names). processor: makes the Processor that
-    belongs to it. ignored: keys that are not used, each with the reason. adapter: a LoRA that stays beside the weights.
+    belongs to it. ignored: keys that are not used, each with the reason. adapter: a LoRA that stays beside the
+    weights. naming: the format's own spelling, for errors.
     """
 
     format: str
@@ -66,6 +68,12 @@ class Opened:
     ignored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
+    naming: Renaming | None = None
+
+    def key_of(self, name: str) -> str:
+        """The key that a common name has in this checkpoint's own spelling."""
+        keys = [source.key for source in self.tensors.values()]
+        return name if self.naming is None else self.naming.spelled(name, keys)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,8 @@ def check_tensors(opened: Opened, model: Llava) -> None:
     for name, (_, shape) in expected.items():
         source = opened.tensors.get(name)
         if source is None:
-            problems.append(f"missing: {name!r} of shape {list(shape)} in {_file_like(name, opened)}")
+            key = opened.key_of(name)
+            problems.append(f"missing: {key!r} of shape {list(shape)} in {_file_like(name, opened)}")
         elif source.shape != shape:
             problems.append(
                 f"wrong shape: {source.key!r} in {source.file} has {list(source.shape)}, expected {list(shape)}"
@@ -151,7 +160,7 @@ def _renamed_from(name: str, opened: Opened, expected: Mapping[str, Any]) -> str
     from difflib import get_close_matches
 
     near = get_close_matches(name, [key for key in expected if key not in opened.tensors], n=1)
-    return f" (was it {near[0]!r}?)" if near else ""
+    return f" (was it {opened.key_of(near[0])!r}?)" if near else ""
 
 
 def materialise(opened: Opened, *, device: torch.device, dtype: torch.dtype) -> tuple[Llava, LoadReport]:
@@ -176,6 +185,8 @@ def materialise(opened: Opened, *, device: torch.device, dtype: torch.dtype) -> 
     model.language_model.tie_weights()  # type: ignore[operator]
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, left
+    if opened.adapter is not None:
+        _attach(model, opened.adapter, device, dtype)
     model.to(device).eval()
     report = LoadReport(
         format=opened.format,
@@ -189,6 +200,28 @@ def materialise(opened: Opened, *, device: torch.device, dtype: torch.dtype) -> 
         notes=opened.notes,
     )
     return model, report
+
+
+def _attach(model: Llava, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a read LoRA beside the weights that it adapts, without merging."""
+    import re
+
+    in_memory = {common: name for common, (name, _) in expected_shapes(model).items()}
+    places = {}
+    for module, pair in adapter.pairs.items():
+        common = adapter.rename(f"{module}.weight")
+        if common is None or common not in in_memory:
+            raise CheckpointError(f"{pair.a.file}: {pair.a.key!r} adapts {module!r}, which the base does not have")
+        places[in_memory[common].removesuffix(".weight")] = pair
+    for rank in sorted({pair.a.shape[0] for pair in places.values()}):
+        group = {path: pair for path, pair in places.items() if pair.a.shape[0] == rank}
+        targets = "|".join(re.escape(path) for path in group)
+        attach_lora(
+            model, targets, rank=rank, alpha=rank, dropout=0.0, scales={p: pair.scale for p, pair in group.items()}
+        )
+        for path, pair in group.items():
+            for side, source in (("A", pair.a), ("B", pair.b)):
+                set_parameter(model, f"{path}.lora_{side}.{ADAPTER}.weight", source.read().to(device, dtype))
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -122,7 +122,7 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
         parts = replace(parts, tensors=dict(parts.tensors))
     adapter = None
     if kind == "lora":
-        adapter = read_adapter(folder)
+        adapter = replace(read_adapter(folder), rename=_adapted_name)
         if options.merge_lora:
             parts = replace(parts, tensors=merged(parts.tensors, adapter, _adapted_name))
     because = f"{kind} files" if kind == "lora" else PROJECTOR_FILE
@@ -313,6 +313,7 @@ def _join(
         ),
         ignored=ignored,
         adapter=parts.adapter,
+        naming=naming(parts.text_config["model_type"]),
     )
 
 

@@ -60,7 +60,10 @@ def read_language_model(
 
 def embedding_name(tensors: Mapping[str, Source]) -> str:
     """The common name of the embedding among tensors."""
-    return next(name for name in EMBEDDINGS if name in tensors)
+    for name in EMBEDDINGS:
+        if name in tensors:
+            return name
+    raise CheckpointError(f"{next(iter(tensors.values())).file}: no embedding; missing: 'model.embed_tokens.weight'")
 
 
 def open_tower(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Source]]:

@@ -12,6 +12,8 @@ import json
 import os
 import pickle
 import struct
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -184,12 +186,11 @@ class _OpenTorchFile:
 def load_torch(path: Path) -> Mapping[str, Any]:
     """The object in a .bin, .pt or .pth file, by weights_only: a pickle that would run something is refused."""
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        # only torch >= 1.6 writes zip files, and only those can be mapped
+        with warnings.catch_warnings():
+            # a remark on the pickle's protocol: what cannot be read raises all the same
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors (or is cut short), so it is not loaded: a pickle can run any code; "
