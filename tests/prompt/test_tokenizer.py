@@ -198,7 +198,7 @@ def test_a_folder_without_tokenizer_says_what_was_looked_for(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"looked for tokenizer\.json and tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="tokenizer_config.json: not JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not JSON"):
         load_tokenizer(tmp_path)
 
 

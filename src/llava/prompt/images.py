@@ -173,13 +173,9 @@ def _crop(image: PIL.Image.Image, settings: ImageSettings) -> PIL.Image.Image:
     side = settings.size
     if size == (side, side):
         return resized
-    top, left = _centre(size[0], side), _centre(size[1], side)
+    # Negative where the picture is smaller: floor division pads as CLIP's processor does.
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
     return resized.crop((left, top, left + side, top + side))
-
-
-def _centre(length: int, side: int) -> int:
-    """Where the cut begins; negative when padding comes first (CLIP's processor rounds that half up)."""
-    return (length - side) // 2 if length >= side else -(-(side - length) // 2)
 
 
 def _cut(image: PIL.Image.Image, settings: ImageSettings) -> list[PIL.Image.Image]:
