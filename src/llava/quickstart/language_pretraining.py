@@ -29,6 +29,7 @@ from llava.quickstart.scene_text import GRID, NUM_GRID_FEATURES, Row, RowWriter
 from llava.quickstart.tokenizer_building import MODEL_MAX_LENGTH, SPACE, WORLD_WORDS, list_numbers
 
 Report = Callable[[int, int, dict[str, float]], None]
+SAVE_EVERY = 250  # steps
 _MIXES = (
     # from which share of the question steps on: how often each form of context is drawn
     (0.0, {"names": 0.5, "places": 0.2, "boxes": 0.3}),
@@ -166,7 +167,7 @@ def pretrain_language_model(
 ) -> LanguageState:
     """Train from `state` (or from nothing) to the end; every step's data are a function of the seed and its number.
 
-    `report(step, num_steps, figures)` every 20 steps with mean losses; `save(state)` every 250.
+    `report(step, num_steps, figures)` every 20 steps with mean losses; `save(state)` every SAVE_EVERY.
     """
     state = state or start_language_state(settings, tokenizer, seed=seed, device=device)
     writer = RowWriter(tokenizer)
@@ -200,7 +201,7 @@ def pretrain_language_model(
         if report is not None and state.step % 20 == 0:
             report(state.step, total, {key: sum(values) / len(values) for key, values in sums.items()})
             sums = {}
-        if save is not None and (state.step % 250 == 0 or state.step == total):
+        if save is not None and (state.step % SAVE_EVERY == 0 or state.step == total):
             save(state)
     return state
 
