@@ -7,8 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from llava.prompt.conversation import Conversation, from_llava
 from llava.prompt.tokenizer import Tokenizer, load_tokenizer
+from llava.prompt.tokenizer_base import described
+from llava.prompt.tokenizer_fast import FastTokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "prompt"
 
@@ -74,3 +78,38 @@ def conversation_of(case: dict[str, Any], *, one_image: bool = False) -> Convers
 
 def _collapsed(value: str) -> str:
     return "<image>\n" + value.replace("<image>", "").strip() if value.count("<image>") > 1 else value
+
+
+@cache
+def llama_like(*, prefix: str) -> FastTokenizer:
+    """A small byte-fallback tokenizer.json: `prefix` "prepend" (legacy), "first" or "always" (Metaspace)."""
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    specials = ["<unk>", "<s>", "</s>"]
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=specials + bytes_, show_progress=False)
+    trained.train_from_iterator(["USER: what is in the image? ASSISTANT: a red bowl </s> <s> [INST] x"] * 3, trainer)
+    spec = json.loads(trained.to_str())
+    spec["added_tokens"] = [{"id": i, **described(token, special=True)} for i, token in enumerate(specials)]
+    size = len(spec["model"]["vocab"])
+    spec["added_tokens"].append({"id": size, **described("<|end|>", special=False)})
+    spec["added_tokens"].append({"id": size + 1, **described("<image>", special=True)})
+    if prefix == "prepend":
+        spec["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
+        spec["pre_tokenizer"] = None
+    else:
+        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix, "split": False}
+    decoders: list[dict[str, object]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    spec["decoder"] = {"type": "Sequence", "decoders": decoders}
+    return FastTokenizer(spec, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})

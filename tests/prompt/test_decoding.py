@@ -171,7 +171,7 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP"]), data=st.data())
 def test_a_damaged_file_gives_a_picture_or_one_clean_line(kind: str, data: st.DataObject) -> None:
     whole = encoded(gradient(), kind)

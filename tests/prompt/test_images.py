@@ -115,13 +115,15 @@ def test_a_crop_larger_than_the_resized_edge_is_padded_with_black_as_clip_does()
 
 def test_settings_are_read_from_old_and_new_preprocessor_files() -> None:
     old = ImageSettings.from_preprocessor_config({"size": 224, "crop_size": 224, "do_center_crop": True})
-    assert (old.mode, old.size, old.shortest_edge) == ("crop", 224, 224)
+    assert (old.mode, old.size, old.shortest_edge) == ("crop", 224, None)
     siglip = ImageSettings.from_preprocessor_config(
         {"size": {"height": 384, "width": 384}, "do_center_crop": None, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     )
     assert (siglip.mode, siglip.size, siglip.background) == ("squash", 384, (127, 127, 127))
     anyres = ImageSettings.from_preprocessor_config({"size": 336, "image_grid_pinpoints": [[336, 672]]})
     assert (anyres.mode, anyres.pinpoints) == ("anyres", ((336, 672),))
+    wider = ImageSettings.from_preprocessor_config({"size": {"shortest_edge": 256}, "crop_size": 224})
+    assert (wider.size, wider.shortest_edge) == (224, 256)
     assert ImageSettings.from_preprocessor_config(SETTINGS.to_preprocessor_config()) == replace(SETTINGS, pinpoints=())
     with pytest.raises(CheckpointError, match="not square"):
         ImageSettings.from_preprocessor_config({"size": {"height": 3, "width": 4}})

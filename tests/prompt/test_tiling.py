@@ -43,7 +43,7 @@ def test_canvas_grid_unpad_box_and_count_equal_the_originals(case: dict) -> None
     assert settings.count_tokens(size) == case["anyres_tokens_real_spatial_unpad"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(size=sizes)
 def test_canvas_and_unpad_box_equal_transformers(size: tuple[int, int]) -> None:
     import torch
@@ -57,7 +57,7 @@ def test_canvas_and_unpad_box_equal_transformers(size: tuple[int, int]) -> None:
     assert torch.equal(unpad_image(cells, list(size)), cells[:, top:bottom, left:right])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(size=sizes)
 def test_a_fitted_picture_touches_its_canvas_and_stays_inside(size: tuple[int, int]) -> None:
     canvas = choose_canvas(size, REAL)

@@ -9,12 +9,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompt_recordings import GOLDEN, open_tokenizer, read
+from prompt_recordings import GOLDEN, llama_like, open_tokenizer, read
 
 from llava.errors import CheckpointError, PromptError
 from llava.prompt.tokenizer import Tokenizer, load_tokenizer
-from llava.prompt.tokenizer_base import described
-from llava.prompt.tokenizer_fast import FastTokenizer
 
 RECORDED = read("h_text/raw_tokenize.json")
 MARKS = ("<im_start>", "<im_end>")
@@ -25,40 +23,6 @@ def recorded_tokenizer(name: str) -> Tokenizer:
     if name.startswith("llama_fast"):  # transformers 4.37's fast class gives the legacy ids, whatever the flag
         name = "llama_legacy"
     return open_tokenizer(name, added=MARKS)
-
-
-@cache
-def llama_like(*, prefix: str) -> FastTokenizer:
-    """A small byte-fallback tokenizer.json: `prefix` "prepend" (legacy), "first" or "always" (Metaspace)."""
-    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    specials = ["<unk>", "<s>", "</s>"]
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=specials + bytes_, show_progress=False)
-    trained.train_from_iterator(["USER: what is in the image? ASSISTANT: a red bowl </s> <s> [INST] x"] * 3, trainer)
-    spec = json.loads(trained.to_str())
-    spec["added_tokens"] = [{"id": i, **described(token, special=True)} for i, token in enumerate(specials)]
-    spec["added_tokens"].append({"id": 599, **described("<|end|>", special=False)})
-    spec["added_tokens"].append({"id": 600, **described("<image>", special=True)})
-    if prefix == "prepend":
-        spec["normalizer"] = {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        }
-        spec["pre_tokenizer"] = None
-    else:
-        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix, "split": False}
-    decoders: list[dict[str, object]] = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-    ]
-    spec["decoder"] = {"type": "Sequence", "decoders": decoders}
-    return FastTokenizer(spec, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})
 
 
 KINDS = ("llama_legacy", "llama_nonlegacy", "mpt", "fast:prepend", "fast:first", "fast:always")
@@ -101,7 +65,7 @@ def shown(kind: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=words)
 def test_words_never_give_a_special_token_and_decode_to_themselves(kind: str, text: str) -> None:
     subject = tokenizer(kind)

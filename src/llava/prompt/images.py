@@ -95,7 +95,7 @@ class ImageSettings:
         settings = cls(
             mode=mode,
             size=size,
-            shortest_edge=edge,
+            shortest_edge=None if edge == size else edge,
             mean=_triple(config.get("image_mean", CLIP_MEAN), "image_mean"),
             std=_triple(config.get("image_std", CLIP_STD), "image_std"),
             resample=int(config.get("resample", 3)),

@@ -39,7 +39,9 @@ class FastTokenizer(Tokenizer):
                 built[text] = tokenizers.Tokenizer.from_str(text)
                 built[text].encode_special_tokens = True
             self._runs[kind] = built[text]
-        self.added_tokens = {entry["content"]: entry["id"] for entry in self._spec.get("added_tokens", [])}
+        # The library numbers added tokens itself when the file leaves gaps, so ask it.
+        contents = [entry["content"] for entry in self._spec.get("added_tokens", [])]
+        self.added_tokens = {token: int(self._full.token_to_id(token)) for token in contents}
         flagged = [e["content"] for e in self._spec.get("added_tokens", []) if e.get("special")]
         marks = [token for token in self.added_tokens if _CHAT_MARK.fullmatch(token)]
         self._index_specials([*flagged, *marks])
