@@ -227,7 +227,9 @@ class _Progress:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UsageError(f"{out}: holds something that is not a quickstart; choose another folder with --out")
             out.mkdir(parents=True, exist_ok=True)
-            return cls(path, fingerprint, {}, {})
+            fresh = cls(path, fingerprint, {}, {})
+            fresh._write()  # before any work: a run killed in its first phase is recognised and goes on
+            return fresh
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["settings"] != fingerprint:
@@ -255,4 +257,7 @@ class _Progress:
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
             if finished:
                 self.seconds[name] = self.spent[name]
-            _write_json(self.path, {"settings": self.fingerprint, "seconds": self.seconds, "spent": self.spent})
+            self._write()
+
+    def _write(self) -> None:
+        _write_json(self.path, {"settings": self.fingerprint, "seconds": self.seconds, "spent": self.spent})
