@@ -102,17 +102,18 @@ def test_broad_excepts_stand_only_at_the_borders() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler):
                 names = [name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)] if node.type else [""]
-                if {"", "Exception", "BaseException"} & set(names):
+                cleans_up = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None  # and hides nothing
+                if {"", "Exception", "BaseException"} & set(names) and not cleans_up:
                     wrong.append(f"{path.relative_to(SOURCE)}:{node.lineno}")
     assert [place for place in wrong if place.split(":")[0] not in allowed and not place.startswith("serve/")] == []
 
 
 def test_the_code_never_reaches_for_what_the_project_refuses() -> None:
-    refused = ("trust_remote_code=True", "import torchvision", "import pickle", "weights_only=False")
+    refused = ("trust_remote_code=True", "import torchvision", "pickle.load", "weights_only=False")
     wrong = [
         f"{path.relative_to(SOURCE)}: {word}"
         for path in modules()
         for word in refused
-        if word in path.read_text(encoding="utf-8") and path.name != "paddle.py"
+        if word in path.read_text(encoding="utf-8")
     ]
     assert not wrong
