@@ -175,3 +175,40 @@ def test_added_tokens_are_read_from_any_of_the_three_files(tmp_path: Path) -> No
     assert subject.pad_token_id == 480
     assert {480, 481} <= subject.special_ids
     assert subject.encode_markup("a<im_patch>")[-1] == 481
+
+
+def test_an_unknown_character_is_the_unknown_token_even_when_that_pads() -> None:
+    subject = llama_like(prefix="prepend")
+    spec = json.loads(json.dumps(subject._spec))
+    spec["model"]["byte_fallback"] = False
+    config = {**subject.config, "pad_token": "<unk>"}
+    without_bytes = type(subject)(spec, config, {})
+    assert 0 in without_bytes.encode("图")
+    assert open_tokenizer("mpt").unk_token_id in open_tokenizer("mpt").special_ids  # it ends answers there
+
+
+def test_a_model_that_rewrites_characters_still_says_where_tokens_begin() -> None:
+    import io
+
+    import sentencepiece
+
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["USER: what is it? ASSISTANT: one fish"] * 50),
+        model_writer=stream,
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="nmt_nfkc",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    from llava.prompt.tokenizer_sentencepiece import SentencePieceTokenizer
+
+    subject = SentencePieceTokenizer(stream.getvalue(), {}, {})
+    text = "ﬁsh: ①② what"  # a ligature and circled digits: NFKC makes other characters of them
+    ids, starts = subject.encode_with_starts(text)
+    assert len(ids) == len(starts)
+    assert starts == sorted(starts)
+    assert all(0 <= start < len(text) for start in starts)
+    colon = subject.encode_plain(":", kind="bare")[-1]
+    assert starts[ids.index(colon)] == text.index(":")

@@ -19,6 +19,7 @@ from llava.errors import CheckpointError, ContextLengthError, PromptError
 from llava.prompt.chat_template import ChatTemplate, ImagePosition
 from llava.prompt.conversation import Conversation, Image
 from llava.prompt.images import ImageSettings, decode_image, preprocess, read_size
+from llava.prompt.jinja import write_jinja
 from llava.prompt.spans import IMAGE_SLOT, tokenize
 from llava.prompt.templates import get_template
 from llava.prompt.tiling import Size
@@ -229,6 +230,9 @@ class Processor:
             "vision_feature_select_strategy": "default" if extra == 0 else "full",
         }
         _write_json(folder / "processor_config.json", stock)
+        jinja = write_jinja(self.template, with_bos=bool(self.tokenizer.prefix_ids))
+        if jinja is not None:
+            (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
         if not (folder / "config.json").exists():
             _write_json(folder / "config.json", {"llava": self.block()})
 

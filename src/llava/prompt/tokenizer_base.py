@@ -211,8 +211,9 @@ class Tokenizer(ABC):
         unknown = self._named("unk_token")
         strings = {*special, *named, *listed}
         ids = {self._lookup(token) for token in strings}
-        # The unknown token is what an unknown character is: it may arise from text, unless it has another job too.
-        jobs = {self._named_id(name) for name in _NAMED if name != "unk_token"}
+        # The unknown token is what an unknown character is, so it may arise from text; that it pads too (the original
+        # names it so) does not matter, but that it ends answers (GPT-NeoX) does.
+        jobs = {self._named_id(name) for name in _NAMED if name not in ("unk_token", "pad_token")}
         if unknown is not None and self._lookup(unknown) not in jobs:
             ids.discard(self._lookup(unknown))
         self.special_ids = frozenset(i for i in ids if i is not None)

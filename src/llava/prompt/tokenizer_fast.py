@@ -41,7 +41,7 @@ class FastTokenizer(Tokenizer):
             self._runs[kind] = built[text]
         # The library numbers added tokens itself when the file leaves gaps, so ask it.
         contents = [entry["content"] for entry in self._spec.get("added_tokens", [])]
-        self.added_tokens = {token: int(self._full.token_to_id(token)) for token in contents}
+        self.added_tokens = {token: i for token in contents if (i := self._lookup(token)) is not None}
         flagged = [e["content"] for e in self._spec.get("added_tokens", []) if e.get("special")]
         marks = [token for token in self.added_tokens if _CHAT_MARK.fullmatch(token)]
         self._index_specials([*flagged, *marks])

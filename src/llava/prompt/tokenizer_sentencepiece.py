@@ -49,6 +49,7 @@ class SentencePieceTokenizer(Tokenizer):
                 self._special_tokens_map[name] = self._pieces[token_id]
         if self._named("unk_token") is None and self._with_prefix.unk_id() >= 0:
             self._special_tokens_map["unk_token"] = self._pieces[self._with_prefix.unk_id()]
+        self._adds_prefix = self._with_prefix.encode("a", out_type=str)[0].startswith(_META)
         self._unknown = self._named("unk_token") or "<unk>"
         self._unknown_length = len(self._without_prefix.encode(self._unknown, out_type=str))
         self._reindex()
@@ -91,7 +92,8 @@ class SentencePieceTokenizer(Tokenizer):
         surfaces = self._surfaces(text, kind) if unknown in ids else None
         starts: list[int] = []
         # The dummy blank stands before the text.
-        position = -1 if kind != "bare" and self._prefix_added(text, ids, kind) else 0
+        prefixed = self._adds_prefix if self.legacy else kind == "first"
+        position = -1 if kind != "bare" and prefixed else 0
         character = position
         for index, token in enumerate(ids):
             value = self._bytes[token]
@@ -103,15 +105,15 @@ class SentencePieceTokenizer(Tokenizer):
                 continue
             starts.append(max(position, 0))
             position += len(self._pieces[token] if surfaces is None else surfaces[index])
-        return starts
+        if position == len(text):
+            return starts
+        # The model rewrites characters (NFKC, say), so its pieces do not add up to the text: count by prefixes.
+        return self._starts_by_prefixes(text, ids, kind)
 
-    def _prefix_added(self, text: str, ids: Sequence[int], kind: RunKind) -> bool:
-        if not self.legacy:
-            return kind == "first"
-        # The model's own flag, read from what it does.
-        return len(self._with_prefix.encode(_META)) > len(self._without_prefix.encode(_META)) or bool(
-            ids and self._with_prefix.encode("a", out_type=str)[0].startswith(_META)
-        )
+    def _starts_by_prefixes(self, text: str, ids: Sequence[int], kind: RunKind) -> list[int]:
+        """Slow and sure: token k begins behind the longest prefix of the text that takes no more than k tokens."""
+        counts = [len(self._encode_run(text[:end], kind)) for end in range(len(text))]
+        return [max(end for end, count in enumerate(counts) if count <= index) for index in range(len(ids))]
 
     def _surfaces(self, text: str, kind: RunKind) -> list[str]:
         if kind != "bare" and self.legacy:
