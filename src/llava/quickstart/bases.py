@@ -37,7 +37,6 @@ import llava
 from llava.errors import CheckpointError
 from llava.quickstart.gates import LANGUAGE_GATES, TOWER_GATES, measure_bases
 from llava.quickstart.language_pretraining import (
-    LanguageSettings,
     LanguageState,
     averaged_model,
     load_language_state,
@@ -45,6 +44,7 @@ from llava.quickstart.language_pretraining import (
     save_language_state,
     start_language_state,
 )
+from llava.quickstart.language_start import LanguageSettings
 from llava.quickstart.model_card import write_model_card
 from llava.quickstart.tokenizer_building import build_tokenizer, save_tokenizer
 from llava.quickstart.tower_pretraining import DenseHead, TowerSettings, pretrain_tower
@@ -58,6 +58,8 @@ RECIPE_SOURCES = (
     "quickstart/scene_text.py",
     "quickstart/tokenizer_building.py",
     "quickstart/tower_pretraining.py",
+    "quickstart/random_tokens.py",
+    "quickstart/language_start.py",
     "quickstart/language_pretraining.py",
 )
 

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from llava.data.scenes import Scene, draw_scene
+from llava.quickstart.language_start import LanguageSettings, build_language_model
+from llava.quickstart.random_tokens import copy_loss, list_copy_tokens, list_field_marks, look_up_loss
 from llava.quickstart.scene_text import GRID, NUM_GRID_FEATURES, Row, RowWriter
-from llava.quickstart.tokenizer_building import MODEL_MAX_LENGTH, SPACE, WORLD_WORDS, list_numbers
 
 Report = Callable[[int, int, dict[str, float]], None]
 SAVE_EVERY = 250  # steps
@@ -37,26 +38,6 @@ _MIXES = (
     (0.3, {"names": 0.15, "places": 0.15, "boxes": 0.45, "bare_boxes": 0.05, "grid": 0.2}),
     (0.6, {"names": 0.1, "places": 0.1, "boxes": 0.4, "bare_boxes": 0.1, "grid": 0.3}),
 )
-
-
-@dataclass(frozen=True)
-class LanguageSettings:
-    """What decides the language model. Steps, not seconds, so that the result is a function of the seed."""
-
-    hidden_size: int = 192
-    intermediate_size: int = 384
-    num_layers: int = 6
-    num_heads: int = 6
-    copy_steps_easy: int = 150  # 56 tokens, up to 20 long
-    copy_steps_hard: int = 500  # every token of the world, up to 32 long
-    question_steps: int = 11_000
-    batch_rows: int = 8
-    row_tokens: int = 288
-    copy_learning_rate: float = 2e-3
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    flat_share: float = 0.35  # of the question steps before the cosine begins
-    averaging: float = 0.997  # the weights kept are a moving average
 
 
 @dataclass
@@ -70,75 +51,6 @@ class LanguageState:
     step: int = 0
 
 
-def build_language_model(settings: LanguageSettings, tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """A fresh LlamaForCausalLM from torch's generator.
-
-    Output rows start as the input rows, so that copying is near from the start, and numbers start in order: each shares
-    slow waves with its neighbours.
-    """
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads,
-        max_position_embeddings=MODEL_MAX_LENGTH,
-        bos_token_id=tokenizer.token_to_id("<s>"),
-        eos_token_id=tokenizer.token_to_id("</s>"),
-        pad_token_id=None,
-        tie_word_embeddings=False,
-        # on a CPU plain attention's backward is three times faster than the fused kernel's at these sizes
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config)
-    rows = torch.randn(config.vocab_size, settings.hidden_size) * 0.02
-    waves = torch.linalg.qr(torch.randn(settings.hidden_size, 12))[0].T * 0.01 * math.sqrt(settings.hidden_size / 6)
-    for number in list_numbers():
-        angles = 2 * math.pi * float(number) * torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0, 8.0])
-        wave = torch.cat([angles.sin(), angles.cos()]) @ waves
-        for token in (number, SPACE + number):
-            rows[tokenizer.token_to_id(token)] += wave
-    shared = F.normalize(torch.randn(settings.hidden_size), dim=0)
-    rows = F.normalize(rows - torch.outer(rows @ shared, shared)) * 0.02 * math.sqrt(settings.hidden_size)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(rows)
-        model.model.embed_tokens.weight.copy_(rows + 0.01 * math.sqrt(settings.hidden_size) * shared)
-        for head in range(2):
-            _start_copying(model, shared, head=head)
-    return model
-
-
-def _start_copying(model: LlamaForCausalLM, shared: Tensor, *, head: int) -> None:
-    """Start one head of each of the first two layers as the circuit that copies: find what followed this token before.
-
-    First layer: look at the token before and write down which it was. Its query and key come from a direction that all
-    embeddings share, and differ by one step of the rotary embedding. Second layer: look where this token was written
-    down as the one before, on the slow frequencies that hardly turn with distance, and bring the token that stands
-    there.
-    Random tokens then sharpen in minutes what they would need much longer to find.
-    """
-    first, second = (model.model.layers[layer].self_attn for layer in (0, 1))
-    size, half = first.head_dim, first.head_dim // 2
-    rows = slice(head * size, (head + 1) * size)
-    angles = model.model.rotary_emb.inv_freq[:half].float()
-    query = torch.zeros(size)
-    query[:4] = 1.15  # the fastest frequencies: the others hardly tell near places apart
-    key = torch.cat([query[:half] * angles.cos(), query[:half] * angles.sin()])
-    first.q_proj.weight[rows] += torch.outer(query, shared)
-    first.k_proj.weight[rows] += torch.outer(key, shared)
-    drawn = torch.cat([shared[:, None], torch.randn(shared.numel(), 3 * size)], dim=1)
-    frames = torch.linalg.qr(drawn)[0].T[1:]  # orthonormal rows in D, none along the shared direction
-    read, written, brought = (frames[part * size : (part + 1) * size] for part in range(3))
-    slow = (torch.arange(size) % half >= half // 2).float()[:, None]
-    first.v_proj.weight[rows] = read
-    first.o_proj.weight[:, rows] = 0.12 * written.T
-    second.q_proj.weight[rows] = 5.0 * slow * read
-    second.k_proj.weight[rows] = slow * written
-    second.v_proj.weight[rows] = brought
-    second.o_proj.weight[:, rows] = 0.5 * brought.T
-
-
 def start_language_state(
     settings: LanguageSettings, tokenizer: Tokenizer, *, seed: int, device: torch.device
 ) -> LanguageState:
@@ -147,7 +59,7 @@ def start_language_state(
     model = build_language_model(settings, tokenizer).to(device)
     size = settings.hidden_size
     projector = nn.Sequential(nn.Linear(NUM_GRID_FEATURES, size), nn.GELU(), nn.Linear(size, size)).to(device)
-    nn.init.normal_(cast(nn.Linear, projector[2]).weight, std=0.02 / math.sqrt(size) * 4)
+    nn.init.normal_(cast(nn.Linear, projector[2]).weight, std=0.1)
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *projector.parameters()], lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -172,8 +84,10 @@ def pretrain_language_model(
     state = state or start_language_state(settings, tokenizer, seed=seed, device=device)
     writer = RowWriter(tokenizer)
     copy_steps = settings.copy_steps_easy + settings.copy_steps_hard
-    total = copy_steps + settings.question_steps
+    random_steps = settings.random_steps
+    total = random_steps + settings.question_steps
     pool = list_copy_tokens(tokenizer)
+    marks = list_field_marks(tokenizer)
     parameters = [*state.model.parameters(), *state.projector.parameters()]
     sums: dict[str, list[float]] = {}
     state.model.train()
@@ -182,13 +96,16 @@ def pretrain_language_model(
         rate = _learning_rate(settings, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        if state.step < copy_steps:
+        if copy_steps <= state.step < random_steps:
+            easy = state.step < copy_steps + settings.look_up_steps_easy
+            name, loss = "look up", look_up_loss(state.model, pool, marks, rng, easy=easy)
+        elif state.step < copy_steps:
             name, loss = (
                 "copy",
-                _copy_loss(state.model, settings, pool, rng, easy=state.step < settings.copy_steps_easy),
+                copy_loss(state.model, pool, rng, easy=state.step < settings.copy_steps_easy),
             )
         else:
-            share = (state.step - copy_steps) / settings.question_steps
+            share = (state.step - random_steps) / settings.question_steps
             rows = draw_rows(writer, rng, share=share, count=settings.batch_rows, max_tokens=settings.row_tokens)
             name, loss = "questions", rows_loss(state.model, state.projector, rows, rng)
         state.optimizer.zero_grad(set_to_none=True)
@@ -196,7 +113,7 @@ def pretrain_language_model(
         nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
         state.optimizer.step()
         state.step += 1
-        _average(state, settings.averaging if state.step > copy_steps else 0.9)
+        _average(state, settings.averaging if state.step > random_steps else 0.9)
         sums.setdefault(name, []).append(float(loss.detach()))
         if report is not None and state.step % 20 == 0:
             report(state.step, total, {key: sum(values) / len(values) for key, values in sums.items()})
@@ -237,14 +154,6 @@ def load_language_state(state: LanguageState, path: Path) -> None:
     state.step = content["step"]
 
 
-def list_copy_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that the copying phases draw from: the world's words, numbers and marks."""
-    tokens = [SPACE + word for word in WORLD_WORDS] + list_numbers() + [SPACE + number for number in list_numbers()]
-    tokens += [*"ABCD.,]?", SPACE + "[", *(SPACE + mark for mark in "ABCD01234")]
-    ids = {tokenizer.token_to_id(token) for token in tokens}
-    return sorted(place for place in ids if place is not None)
-
-
 def draw_rows(writer: RowWriter, rng: random.Random, *, share: float, count: int, max_tokens: int) -> list[Row]:
     """A step's rows; share: how far the question phase has come, which decides the forms of context."""
     mix = [weights for start, weights in _MIXES if start <= share][-1]
@@ -262,7 +171,10 @@ def rows_loss(model: LlamaForCausalLM, projector: nn.Module, rows: list[Row], rn
     hidden, labels = run_rows(model, projector, rows, noise_seed=rng.getrandbits(32))
     wanted = labels[:, 1:] != -100
     logits = model.lm_head(hidden[:, :-1][wanted])
-    return F.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    weights = np.concatenate([row.weights[row.labels != -100] for row in rows])
+    losses = F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+    share = torch.from_numpy(weights).to(losses.device)
+    return (losses * share).sum() / share.sum()
 
 
 def run_rows(
@@ -297,26 +209,10 @@ def run_rows(
     return hidden, fields["labels"]
 
 
-def _copy_loss(
-    model: LlamaForCausalLM, settings: LanguageSettings, pool: list[int], rng: random.Random, *, easy: bool
-) -> Tensor:
-    """Random tokens three times over; the second and third time they can be known."""
-    tokens = pool[:: max(len(pool) // 56, 1)][:56] if easy else pool
-    length = rng.randint(6, 20 if easy else 32)
-    rows = 32 if easy else 24
-    once = torch.tensor([[rng.choice(tokens) for _ in range(length)] for _ in range(rows)])
-    ids = once.repeat(1, 3).to(model.device)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
-        logits = model.lm_head(model.model(ids, use_cache=False).last_hidden_state[:, length - 1 : -1])
-    # of each copy the first token cannot be known before the second time
-    return F.cross_entropy(logits[:, 1:].float().flatten(0, 1), ids[:, length + 1 :].flatten())
-
-
 def _learning_rate(settings: LanguageSettings, step: int) -> float:
-    copy_steps = settings.copy_steps_easy + settings.copy_steps_hard
-    if step < copy_steps:
-        return settings.copy_learning_rate * min((step + 1) / settings.warmup_steps, 1.0)
-    done = step - copy_steps
+    if step < settings.random_steps:
+        return settings.random_learning_rate * min((step + 1) / settings.warmup_steps, 1.0)
+    done = step - settings.random_steps
     flat = settings.flat_share * settings.question_steps
     if done <= flat:
         return settings.learning_rate

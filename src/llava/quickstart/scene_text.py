@@ -45,6 +45,7 @@ class Row:
     position_ids: NDArray[np.int64]
     branch_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    weights: NDArray[np.float32]
     kinds: tuple[str, ...]
     grid: NDArray[np.float32] | None = None
     grid_start: int = 0
@@ -114,9 +115,11 @@ class RowWriter:
     ) -> Row:
         ids, labels, branches = list(context), [-100] * len(context), [0] * len(context)
         positions = list(range(len(context)))
+        weights = [0.0] * len(context)
         for number, (turn_ids, turn_labels) in enumerate(pieces, start=1):
             ids += turn_ids
             labels += turn_labels
+            weights += [sum(label != -100 for label in turn_labels) ** -0.5] * len(turn_ids)
             branches += [number] * len(turn_ids)
             positions += range(len(context), len(context) + len(turn_ids))
         return Row(
@@ -124,6 +127,7 @@ class RowWriter:
             position_ids=np.array(positions, dtype=np.int64),
             branch_ids=np.array(branches, dtype=np.int64),
             labels=np.array(labels, dtype=np.int64),
+            weights=np.array(weights, dtype=np.float32),
             kinds=tuple(turn.kind for turn in turns),
             grid=write_grid(scene) if form == "grid" else None,
             grid_start=1 + len(self._head),
