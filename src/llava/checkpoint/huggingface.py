@@ -45,13 +45,7 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
     activation = data.get("projector_hidden_act", "gelu")
     if activation != "gelu" and config.projector.startswith("mlp"):
         raise CheckpointError(f"{folder / 'config.json'}: projector_hidden_act {activation!r}; only gelu is known here")
-    tensors, unknown = HUGGINGFACE.rename_all(read_folder(folder))
-    ignored = {name: "computed, not learnt" for name in unknown if COMPUTED.search(name)}
-    strangers = [name for name in unknown if name not in ignored]
-    if strangers:
-        raise CheckpointError(
-            f"{folder}: unexpected key {strangers[0]!r} ({len(strangers)} in all); not a LLaVA's name"
-        )
+    tensors = read_tensors(folder)
     by_block = "config.json: llava block" if "llava" in data else f"config.json: model_type {data['model_type']!r}"
     return Opened(
         format=f"huggingface {data['model_type']}",
@@ -68,7 +62,6 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
             Decision("image mode", config.image_mode, by_block),
             Decision("merge type", config.merge_type, by_block),
         ),
-        ignored=ignored,
         naming=HUGGINGFACE,
     )
 
@@ -132,22 +125,40 @@ def write(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    advance: Callable[[int], None] | None = None,
-    verify: Callable[[Path, Mapping[str, Source]], None] | None = None,
 ) -> Path:
-    """Write tensors under common names in this layout. `verify` sees the temporary folder before it is moved.
-
-    dtype: for floating tensors, None keeps each as it is; advance: called with the bytes of each tensor written.
-    """
+    """Write tensors under common names as a folder of this layout; dtype of floating tensors, None keeps each."""
     config, tensors = prepare(with_processor(config, processor), tensors)
     with replaced_folder(Path(folder)) as temporary:
-        write_safetensors(temporary, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=advance)
-        processor.save(temporary)
-        # after the processor, which writes a config.json of its own where there is none
-        write_text(temporary / "config.json", json.dumps(_config_json(config, tensors, dtype), indent=2) + "\n")
-        if verify is not None:
-            verify(temporary, tensors)
+        fill(temporary, config, tensors, processor, dtype=dtype, max_shard_bytes=max_shard_bytes)
     return Path(folder)
+
+
+def fill(
+    temporary: Path,
+    config: LlavaConfig,
+    tensors: Mapping[str, Source],
+    processor: Processor,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Write what `prepare` made into an existing folder; advance is called with the bytes of each tensor written."""
+    write_safetensors(temporary, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=advance)
+    processor.save(temporary)
+    # after the processor, which writes a config.json of its own where there is none
+    write_text(temporary / "config.json", json.dumps(_config_json(config, tensors, dtype), indent=2) + "\n")
+
+
+def read_tensors(folder: Path) -> dict[str, Source]:
+    """Every tensor of a folder of this layout under its common name. Raises CheckpointError for a stranger's key."""
+    tensors, unknown = HUGGINGFACE.rename_all(read_folder(folder))
+    strangers = [name for name in unknown if not COMPUTED.search(name)]
+    if strangers:
+        raise CheckpointError(
+            f"{folder}: unexpected key {strangers[0]!r} ({len(strangers)} in all); not a LLaVA's name"
+        )
+    return tensors
 
 
 def with_processor(config: LlavaConfig, processor: Processor) -> LlavaConfig:
@@ -159,6 +170,10 @@ def with_processor(config: LlavaConfig, processor: Processor) -> LlavaConfig:
 def prepare(config: LlavaConfig, tensors: Mapping[str, Source]) -> tuple[LlavaConfig, dict[str, Source]]:
     """Config and tensors as this layout holds them: two projector layers, a row for the image token, head last."""
     config, grown = with_row_for_image(config, dict(tensors))
+    if config.text_config["model_type"] == "mpt" and config.text_config.get("tie_word_embeddings"):
+        # stock LLaVA ties by Llama's names, which MPT's decoder does not have: written untied, with its own copy
+        config = config.with_changes(text_config={**config.text_config, "tie_word_embeddings": False})
+        grown[HEAD] = next(grown[name] for name in EMBEDDINGS if name in grown)
     if config.text_config.get("tie_word_embeddings"):
         grown.pop(HEAD, None)
     return config, _as_two_layers(config, grown)
@@ -166,7 +181,7 @@ def prepare(config: LlavaConfig, tensors: Mapping[str, Source]) -> tuple[LlavaCo
 
 def _config_json(config: LlavaConfig, tensors: Mapping[str, Source], dtype: torch.dtype | None) -> dict[str, Any]:
     data = config.to_dict()
-    used = dtype or next(source.dtype for source in tensors.values() if source.dtype.is_floating_point)
+    used = dtype or next(tensors[name].dtype for name in EMBEDDINGS if name in tensors)
     data["dtype"] = data["torch_dtype"] = str(used).removeprefix("torch.")
     return data
 
@@ -225,7 +240,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder}: is a file; name a folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", suffix=".partial", dir=folder.parent)
+        )
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from error
     try:

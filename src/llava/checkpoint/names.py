@@ -94,6 +94,12 @@ ORIGINAL_MPT = Renaming(
     tuple((old.replace("model.", "transformer.", 1), new) for old, new in ORIGINAL.table if old != "lm_head.")
 )
 
+# The two again without the linear projector's names: a projector of several layers is written with its slots.
+MULTI_LAYER_PROJECTOR = {
+    is_mpt: Renaming(tuple(row for row in table.table if row[0].rpartition(".")[2] not in ("weight", "bias")))
+    for is_mpt, table in ((False, ORIGINAL), (True, ORIGINAL_MPT))
+}
+
 # A language model alone.
 LANGUAGE_MODEL = Renaming(
     (

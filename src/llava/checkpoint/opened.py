@@ -56,7 +56,8 @@ class Opened:
 
     tensors: every learnt tensor by its common name (llava.checkpoint.names). processor: makes the Processor that
     belongs to it. ignored: keys that are not used, each with the reason. adapter: a LoRA that stays beside the
-    weights. naming: the format's own spelling, for errors.
+    weights. naming: the format's own spelling, for errors. tokenizer_is_its_own: whether the folder holds the tokenizer
+    as it was used; tower_name: the path or hub id of the tower, where the format names one.
     """
 
     format: str
@@ -69,6 +70,8 @@ class Opened:
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
     naming: Renaming | None = None
+    tokenizer_is_its_own: bool = False
+    tower_name: str = ""
 
     def key_of(self, name: str) -> str:
         """The key that a common name has in this checkpoint's own spelling."""

@@ -52,7 +52,7 @@ START_END = ("<im_start>", "<im_end>")
 OWN_KEYS = re.compile(
     r"mm_.*|tune_mm_.*|freeze_mm_.*|unfreeze_mm_.*|use_mm_proj|image_aspect_ratio|image_grid_pinpoints|"
     r"image_(crop|split)_resolution|tokenizer_(model_max_length|padding_side)|s2(_scales)?|sep_image_conv_front|"
-    r"architectures|auto_map|torch_dtype|dtype|transformers_version|_name_or_path|vision_tower_pretrained"
+    r"architectures|llava|auto_map|torch_dtype|dtype|transformers_version|_name_or_path|vision_tower_pretrained"
 )
 
 
@@ -115,8 +115,8 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
         named = data.get("_name_or_path")
         hint = f" (config.json was made from {named!r})" if named else ""
         raise UsageError(f"{folder}: holds {what}; name the model it was trained on with base=, --base{hint}")
-    parts = _read_base(options.base)
-    extra = _projector_tensors(folder / PROJECTOR_FILE) if kind == "projector" else _non_lora(folder / NON_LORA_FILE)
+    parts = read_base(options.base)
+    extra = projector_tensors(folder / PROJECTOR_FILE) if kind == "projector" else _non_lora(folder / NON_LORA_FILE)
     parts.tensors.update(extra.tensors)
     if extra.embedding is not None:
         parts = replace(parts, tensors=dict(parts.tensors))
@@ -132,7 +132,7 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
     return _join(folder, data, options, parts, name=name, token_rows=extra.embedding)
 
 
-def _read_base(base: Path) -> _Parts:
+def read_base(base: Path) -> _Parts:
     """The base of a projector, LoRA or delta: a language model's folder, or a whole LLaVA of the original's layout."""
     path = base / "config.json"
     if not path.is_file():
@@ -193,14 +193,15 @@ class _Extra:
     embedding: Source | None
 
 
-def _projector_tensors(path: Path) -> _Extra:
+def projector_tensors(path: Path, *, rounded: bool = True) -> _Extra:
     """mm_projector.bin in any of its spellings: whatever stands before `mm_projector.` is dropped.
 
-    Rounded to float16, as the original's loader does with this file: answers then equal the original's.
+    rounded: to float16, as the original's loader does with this file: answers then equal the original's.
     """
     extra = _split_extra(read_file(path), path)
-    rounded = {name: _in_float16(source) for name, source in extra.tensors.items()}
-    return replace(extra, tensors=rounded)
+    if not rounded:
+        return extra
+    return replace(extra, tensors={name: _in_float16(source) for name, source in extra.tensors.items()})
 
 
 def _in_float16(source: Source) -> Source:
@@ -245,7 +246,7 @@ def _on_delta_base(folder: Path, parts: _Parts, base: Path) -> _Parts:
     """A whole model with a base given is a delta: base + delta, tensor by tensor. Refused when it is no delta."""
     from llava.checkpoint.delta import apply_delta, looks_like_delta
 
-    under = _read_base(base)
+    under = read_base(base)
     if not looks_like_delta(parts.tensors, under.tensors):
         raise UsageError(
             f"{folder}: is a complete model, no delta (its weights are nearer to {base} than to zero); leave base out"
@@ -314,6 +315,8 @@ def _join(
         ignored=ignored,
         adapter=parts.adapter,
         naming=naming(parts.text_config["model_type"]),
+        tokenizer_is_its_own=parts.tokenizer_folder == folder,
+        tower_name=str(data["mm_vision_tower"]),
     )
 
 
@@ -327,12 +330,12 @@ def find_tower(named: str, folder: Path, options: OpenOptions) -> Path:
 
     if options.vision_tower is not None:
         return options.vision_tower
-    places = [Path(), folder, folder.parent]
-    if options.base is not None:
-        places += [options.base, options.base.parent]
+    bases = [] if options.base is None else [options.base, options.base.parent]
+    # a moved folder that holds its own tower, then the name as a path from several places
+    places = [folder / Path(named).name, *(place / named for place in (Path(), folder, folder.parent, *bases))]
     for place in places:
-        if (place / named / "config.json").is_file():
-            return place / named
+        if (place / "config.json").is_file():
+            return place
     try:
         return find_folder(named)
     except CheckpointError as error:

@@ -88,6 +88,9 @@ def choose_template(tokenizer: Tokenizer, data: Mapping[str, Any], named: str | 
 
     if named is not None:
         return get_template(named).name, "asked for"
+    block = data.get("llava")
+    if isinstance(block, Mapping) and "template" in block:
+        return get_template(str(block["template"])).name, "config.json: llava block"
     text = data.get("text_config") if isinstance(data.get("text_config"), Mapping) else data
     kind = str((text or {}).get("model_type", ""))
     if kind.endswith("mpt"):

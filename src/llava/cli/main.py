@@ -39,6 +39,8 @@ COMMANDS: dict[str, Command] = {
     "train": Command("llava.cli.train:train", "Train a model as a recipe says; run it again to resume."),
     "recipe": Command("llava.cli.recipe:app", "List, show and explain training recipes."),
     "data": Command("llava.cli.data:app", "Check a data set before hours are spent on it."),
+    "convert": Command("llava.cli.convert:convert", "Write a model in another layout, compared tensor by tensor."),
+    "model": Command("llava.cli.model:app", "Say what a model folder is, and what decided each part of that."),
     "doctor": Command("llava.cli.doctor:doctor", "Say what this machine offers, what is missing and how to get it."),
 }
 

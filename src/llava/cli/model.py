@@ -1,0 +1,127 @@
+"""`llava model show PATH`: what a model folder is, what decided each part of that, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Look into a model folder.")
+
+
+@app.callback()
+def _model() -> None:
+    """Look into a model folder."""
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(help="Folder or hub id.")],
+    base: Annotated[str | None, typer.Option(help="The model that a LoRA, projector or delta stands on.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="The vision tower's folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say a model's format, parts, sizes, template, tiling and projector, what decided each, and what is missing.
+
+    Reads no tensors. The exit code is 2 when something is missing.
+    """
+    about = describe(path, base=base, vision_tower=vision_tower)
+    if as_json:
+        print(json.dumps(about))
+    else:
+        _print(about)
+    if about["problems"]:
+        raise typer.Exit(2)
+
+
+def describe(path: str, *, base: str | None = None, vision_tower: str | None = None) -> dict[str, Any]:
+    """What `llava model show` knows about a folder, as plain values."""
+    from llava.checkpoint.load import open_checkpoint
+    from llava.checkpoint.opened import check_tensors, empty_model
+    from llava.errors import CheckpointError
+
+    opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+    config = opened.config
+    problems = []
+    try:
+        check_tensors(opened, empty_model(config))
+    except CheckpointError as error:
+        problems.append(str(error))
+    parts: dict[str, int] = {}
+    for name, source in opened.tensors.items():
+        part = name.partition(".")[0]
+        count = 1
+        for side in source.shape:
+            count *= side
+        parts[part] = parts.get(part, 0) + count
+    dtypes = sorted({str(source.dtype).removeprefix("torch.") for source in opened.tensors.values()})
+    return {
+        "path": str(opened.folder),
+        "format": opened.format,
+        "parameters": parts,
+        "bytes": sum(source.num_bytes for source in opened.tensors.values()),
+        "dtypes": dtypes,
+        "files": sorted({str(source.file) for source in opened.tensors.values()}),
+        "language_model": {
+            "type": config.text_config["model_type"],
+            "width": config.text_width,
+            "layers": config.text_config.get("num_hidden_layers", config.text_config.get("n_layers")),
+            "vocabulary": config.vocab_size,
+        },
+        "vision_tower": {
+            "type": config.vision_config["model_type"],
+            "image_size": config.image_size,
+            "patches_per_side": config.patches_per_side,
+            "feature_layer": config.vision_feature_layer,
+            "feature_select": config.vision_feature_select,
+        },
+        "projector": config.projector,
+        "template": config.template,
+        "image_mode": config.image_mode,
+        "image_grid_pinpoints": [list(point) for point in config.image_grid_pinpoints],
+        "merge_type": config.merge_type,
+        "features_per_tile": config.features_per_tile,
+        "image_token_id": config.image_token_id,
+        "image_start_end": config.image_start_end,
+        "decisions": [{"what": d.what, "value": d.value, "because": d.because} for d in opened.decisions],
+        "ignored": dict(opened.ignored),
+        "notes": list(opened.notes),
+        "problems": problems,
+    }
+
+
+def _print(about: dict[str, Any]) -> None:
+    language, tower = about["language_model"], about["vision_tower"]
+    print(f"{about['path']}: {about['format']}")
+    print(
+        f"  {sum(about['parameters'].values()):,} parameters, {about['bytes'] / 1e6:,.1f} MB, {', '.join(about['dtypes'])}"
+    )
+    for part, count in about["parameters"].items():
+        print(f"    {part:<24}{count:>16,}")
+    print(
+        f"  language model   {language['type']}, {language['layers']} layers x {language['width']}, "
+        f"vocabulary {language['vocabulary']}"
+    )
+    print(
+        f"  vision tower     {tower['type']}, {tower['image_size']} px, {tower['patches_per_side']} x "
+        f"{tower['patches_per_side']} patches, layer {tower['feature_layer']} ({tower['feature_select']})"
+    )
+    print(f"  projector        {about['projector']}")
+    print(f"  template         {about['template']}" + (", start/end tokens" if about["image_start_end"] else ""))
+    tiling = (
+        f" from {about['image_grid_pinpoints']}, merged {about['merge_type']}"
+        if about["image_mode"] == "anyres"
+        else ""
+    )
+    print(f"  pictures         {about['image_mode']}{tiling}, {about['features_per_tile']} features a tile")
+    print("  decided by")
+    for decision in about["decisions"]:
+        print(f"    {decision['what']}: {decision['value']} ({decision['because']})")
+    if about["ignored"]:
+        keys = list(about["ignored"].items())
+        print(f"  ignored          {len(keys)} keys, the first {keys[0][0]} ({keys[0][1]})")
+    for note in about["notes"]:
+        print(f"  note             {note}")
+    for problem in about["problems"]:
+        print(f"  MISSING          {problem}")
