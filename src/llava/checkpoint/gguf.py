@@ -181,18 +181,20 @@ def _write_file(path: Path, part: Part, number_format: NumberFormat, advance: Ca
         kind = _type_of(tensor, number_format)
         dtype, shape, size = _stored_as(tensor, kind)
         writer.add_tensor_info(tensor.name, shape, dtype, size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in part.tensors:
-        data = _encode(tensor, _type_of(tensor, number_format))
-        writer.write_tensor_data(data)
-        if advance is not None:
-            advance(data.nbytes)
-    writer.flush()
-    for file in writer.fout:
-        os.fsync(file.fileno())
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in part.tensors:
+            data = _encode(tensor, _type_of(tensor, number_format))
+            writer.write_tensor_data(data)
+            if advance is not None:
+                advance(data.nbytes)
+        writer.flush()
+        for file in writer.fout:
+            os.fsync(file.fileno())
+    finally:
+        writer.close()
 
 
 def _add_key(writer: Any, key: str, value: KeyValue) -> None:

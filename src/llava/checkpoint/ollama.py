@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from llava.prompt.templates import ChatTemplate
+from llava.prompt.chat_template import ChatTemplate
 from llava.prompt.tokenizer import Tokenizer
 
 LONGEST_CONTEXT = 4096  # what Ollama reserves memory for; a model with less says so
