@@ -52,11 +52,27 @@ def quickstart(
 
 
 def _rebuild_bases(out: Path, seed: int) -> None:
-    from llava.quickstart.bases import rebuild_bases
+    """Train the bases from nothing into OUT/bases, showing each part's progress."""
+    import time
 
-    folder = out / "bases"
-    rebuild_bases(folder, seed=seed)
-    typer.echo(f"bases: {folder.resolve()}")
+    from llava.distributed import pick_device
+    from llava.quickstart.bases import RebuildProgress, rebuild_bases
+
+    told = 0.0
+
+    def show(now: RebuildProgress) -> None:
+        nonlocal told
+        if now.step < now.num_steps and time.monotonic() - told < 10:
+            return
+        told = time.monotonic()
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in now.figures.items())
+        left = f"{now.seconds_left / 60:.0f} min left"
+        typer.echo(f"{now.part}: step {now.step:,}/{now.num_steps:,}, {left}; {figures}", err=True)
+
+    bases = rebuild_bases(out / "bases", seed=seed, device=pick_device(), progress=show)
+    for part, gates in bases.facts["gates"].items():
+        typer.echo(f"{part}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in gates.items()))
+    typer.echo(f"bases: {(out / 'bases').resolve()}")
 
 
 def _terminal_audience() -> Audience:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,7 @@ from llava.errors import UsageError
 from llava.quickstart.report import ReportContents, report_as_json, write_page
 
 if TYPE_CHECKING:
+    from llava.quickstart.bases import Bases
     from llava.train.progress import Watcher
 
 MODEL_FOLDER = "model"
@@ -46,9 +46,10 @@ class QuickstartSettings:
     align_overrides: tuple[str, ...] = ()
     instruct_overrides: tuple[str, ...] = ()
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, bases: Bases) -> str:
         """Short hash of all that decides the numbers, to tell whether a folder holds the same run."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        decides = {**asdict(self), "bases": bases.facts["recipe_hash"]}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,16 @@ class Audience:
         return None
 
 
-def assets_folder() -> Path:
-    """The folder with the shipped bases: `vision_tower/` and `language_model/`."""
-    return Path(str(resources.files("llava") / "quickstart" / "assets"))
-
-
 def run_quickstart(out: Path, settings: QuickstartSettings, *, audience: Audience | None = None) -> QuickstartResult:
     """Run what is not done yet of the quickstart in `out`.
 
     Raises UsageError when `out` holds a quickstart with other settings or something else.
     """
+    from llava.quickstart.bases import shipped_bases
+
     watching = audience or Audience()
-    progress = _Progress.open(out, settings)
+    bases = shipped_bases()
+    progress = _Progress.open(out, settings.fingerprint(bases))
     data, align, model = out / "data", out / "align", out / MODEL_FOLDER
 
     with progress.phase("draw", watching, f"{settings.num_scenes:,} scenes with questions and answers") as todo:
@@ -94,24 +93,26 @@ def run_quickstart(out: Path, settings: QuickstartSettings, *, audience: Audienc
             _draw(data, settings, watching)
     with progress.phase("align", watching, "stage 1, the projector learns from captions") as todo:
         if todo:
-            _train_stage("quickstart-align", [*_align_overrides(data, settings), f"run.out={align}"], watching)
+            _train_stage(
+                "quickstart-align", [*_align_overrides(data, bases, settings), f"run.out={_quoted(align)}"], watching
+            )
     with progress.phase("instruct", watching, "stage 2, projector and language model learn to answer") as todo:
         if todo:
-            overrides = [*_instruct_overrides(data, align, settings), f"run.out={model}"]
+            overrides = [*_instruct_overrides(data, align, settings), f"run.out={_quoted(model)}"]
             _train_stage("quickstart-instruct", overrides, watching)
     with progress.phase("measure", watching, f"questions about {settings.held_out_scenes} held-out pictures") as todo:
         if todo:
-            _measure_and_report(out, model, settings, progress, watching)
+            _measure_and_report(out, bases, settings, progress, watching)
     return QuickstartResult(model, out / "report.html", json.loads((out / "report.json").read_text(encoding="utf-8")))
 
 
-def _align_overrides(data: Path, settings: QuickstartSettings) -> list[str]:
-    assets = assets_folder()
+def _align_overrides(data: Path, bases: Bases, settings: QuickstartSettings) -> list[str]:
     return [
-        f"model.language_model={assets / 'language_model'}",
-        f"model.vision_tower={assets / 'vision_tower'}",
-        f"data.files=[{json.dumps(str(data / 'captions.json'))}]",
-        f"data.images={data / 'images'}",
+        f"model.language_model={_quoted(bases.language_model)}",
+        f"model.vision_tower={_quoted(bases.vision_tower)}",
+        f"model.vision_feature_layer={bases.facts['vision_feature_layer']}",
+        f"data.files=[{_quoted(data / 'captions.json')}]",
+        f"data.images={_quoted(data / 'images')}",
         f"run.seed={settings.seed}",
         *settings.align_overrides,
     ]
@@ -119,12 +120,17 @@ def _align_overrides(data: Path, settings: QuickstartSettings) -> list[str]:
 
 def _instruct_overrides(data: Path, align: Path, settings: QuickstartSettings) -> list[str]:
     return [
-        f"model.path={align}",
-        f"data.files=[{json.dumps(str(data / 'conversations.json'))}]",
-        f"data.images={data / 'images'}",
+        f"model.path={_quoted(align)}",
+        f"data.files=[{_quoted(data / 'conversations.json')}]",
+        f"data.images={_quoted(data / 'images')}",
         f"run.seed={settings.seed}",
         *settings.instruct_overrides,
     ]
+
+
+def _quoted(path: Path) -> str:
+    """A path as YAML that stays a string, whatever characters it holds."""
+    return json.dumps(str(path))
 
 
 def _draw(data: Path, settings: QuickstartSettings, audience: Audience) -> None:
@@ -146,7 +152,7 @@ def _train_stage(recipe: str, overrides: list[str], audience: Audience) -> None:
 
 
 def _measure_and_report(
-    out: Path, model: Path, settings: QuickstartSettings, progress: _Progress, audience: Audience
+    out: Path, bases: Bases, settings: QuickstartSettings, progress: _Progress, audience: Audience
 ) -> None:
     import platform
 
@@ -158,6 +164,7 @@ def _measure_and_report(
     from llava.quickstart.measure import measure
 
     start = time.perf_counter()
+    model = out / MODEL_FOLDER
     with audience.bar("questions", 2 * len(KINDS) * settings.held_out_scenes) as show:
         answered = 0
 
@@ -179,7 +186,8 @@ def _measure_and_report(
         facts={
             "seed": str(settings.seed),
             "scenes": f"{settings.num_scenes:,} drawn for training, {settings.held_out_scenes} held out",
-            "bases": (assets_folder() / "bases.json").read_text(encoding="utf-8").strip()[:400],
+            "bases": f"recipe {bases.facts['recipe_hash'][:12]}, "
+            + ", ".join(f"{part} {count:,} parameters" for part, count in bases.facts["parameters"].items()),
             "machine": f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, "
             f"llava {__version__}",
         },
@@ -221,8 +229,8 @@ class _Progress:
         self.path, self.fingerprint, self.seconds, self.spent = path, fingerprint, seconds, spent
 
     @classmethod
-    def open(cls, out: Path, settings: QuickstartSettings) -> _Progress:
-        path, fingerprint = out / "progress.json", settings.fingerprint()
+    def open(cls, out: Path, fingerprint: str) -> _Progress:
+        path = out / "progress.json"
         if not path.exists():
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UsageError(f"{out}: holds something that is not a quickstart; choose another folder with --out")
@@ -234,7 +242,8 @@ class _Progress:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["settings"] != fingerprint:
                 raise UsageError(
-                    f"{out}: holds a quickstart with other settings; choose another folder with --out, or delete it"
+                    f"{out}: holds a quickstart with another seed, other settings or other bases; "
+                    "choose another folder with --out, or delete it"
                 )
             return cls(path, fingerprint, dict(kept["seconds"]), dict(kept["spent"]))
         except (ValueError, KeyError, TypeError) as error:
