@@ -230,3 +230,39 @@ def test_a_model_type_that_needs_remote_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError, match="never run"):
         open_here(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 150), (300, 300)])
+def test_llava_onevision_opens_for_pictures_with_the_same_logits(size: tuple[int, int], tmp_path: Path) -> None:
+    import transformers
+
+    from llava.prompt.images import ImageSettings
+
+    torch.manual_seed(0)
+    points = [[56 * rows, 56 * cols] for rows in range(1, 4) for cols in range(1, 4)]
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**TEXT, num_key_value_heads=2),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=points,
+        vision_aspect_ratio="anyres_max_4",
+    )
+    stock = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
+    stock.save_pretrained(tmp_path)
+    ours = open_here(tmp_path)
+    counter = ImageSettings(
+        mode="anyres",
+        size=56,
+        pinpoints=ours.config.image_grid_pinpoints,
+        patches_per_side=4,
+        tokens_per_tile=16,
+        merge="spatial_unpad",
+        max_tiles=ours.config.anyres_max,
+    )
+    tiles = counter.count_tiles(size)
+    row = torch.cat([torch.arange(3, 9), torch.full((counter.count_tokens(size),), IMAGE), torch.arange(20, 30)])[None]
+    pixels = torch.randn(tiles, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = stock(input_ids=row, pixel_values=pixels[None], image_sizes=torch.tensor([size])).logits
+        found = ours.logits(ours(row, pixel_values=pixels, image_sizes=[size], tiles_per_image=[tiles]))
+    assert (found - theirs).abs().max() < 1e-5

@@ -19,6 +19,7 @@ import torch
 
 from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name
 from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened, OpenOptions
+from llava.checkpoint.processors import choose_template, make_processor, open_tokenizer, picture_settings
 from llava.checkpoint.weights import Source, held, read_folder, write_safetensors, write_text
 from llava.errors import CheckpointError, UsageError
 from llava.model.config import LlavaConfig
@@ -46,24 +47,46 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
     if activation != "gelu" and config.projector.startswith("mlp"):
         raise CheckpointError(f"{folder / 'config.json'}: projector_hidden_act {activation!r}; only gelu is known here")
     tensors = read_tensors(folder)
-    by_block = "config.json: llava block" if "llava" in data else f"config.json: model_type {data['model_type']!r}"
+    by_block = "config.json: llava block"
+    why_template, why_mode, processor = by_block, by_block, lambda: load_processor(folder)
+    if "llava" not in data:
+        by_block = f"config.json: model_type {data['model_type']!r}"
+        config, why_template, why_mode = _with_stock_settings(config, data, folder)
+        stock = config
+        processor = lambda: make_processor(stock, open_tokenizer(folder), folder)  # noqa: E731
     return Opened(
         format=f"huggingface {data['model_type']}",
         folder=folder,
         config=_with_present_parts(config, tensors),
         tensors=_without_padding_layers(tensors, config, folder),
-        processor=lambda: load_processor(folder),
+        processor=processor,
         decisions=(
             Decision("format", f"huggingface {data['model_type']}", "config.json: model_type and text_config"),
             Decision("language model", str(config.text_config["model_type"]), "config.json: text_config.model_type"),
             Decision("vision tower", str(config.vision_config["model_type"]), "config.json: vision_config.model_type"),
             Decision("projector", config.projector, by_block),
-            Decision("template", config.template, by_block),
-            Decision("image mode", config.image_mode, by_block),
+            Decision("template", config.template, why_template),
+            Decision("image mode", config.image_mode, why_mode),
             Decision("merge type", config.merge_type, by_block),
         ),
         naming=HUGGINGFACE,
     )
+
+
+def _with_stock_settings(config: LlavaConfig, data: Mapping[str, Any], folder: Path) -> tuple[LlavaConfig, str, str]:
+    """Template and image mode of a folder without a `llava` block, each with what decided it."""
+    from llava.prompt.images import ImageSettings
+
+    why_template, why_mode = "no tokenizer in the folder", f"config.json: model_type {data['model_type']!r}"
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        template, why_template = choose_template(open_tokenizer(folder), data, None)
+        config = config.with_changes(template=template)
+    picture = picture_settings(folder)
+    if picture is not None and config.image_mode != "anyres":
+        mode = ImageSettings.from_preprocessor_config(picture).mode
+        if mode != "anyres":
+            config, why_mode = config.with_changes(image_mode=mode), "preprocessor_config.json"
+    return config, why_template, why_mode
 
 
 def load_processor(folder: Path) -> Processor:

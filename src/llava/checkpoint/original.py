@@ -9,7 +9,6 @@ from the files; the original looked at the folder's name.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,43 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava.checkpoint import huggingface
 from llava.checkpoint.adapters import is_adapter, merged, read_adapter
 from llava.checkpoint.names import COMPUTED, ORIGINAL, ORIGINAL_MPT, Renaming
 from llava.checkpoint.opened import HEAD, Decision, Opened, OpenOptions
+from llava.checkpoint.original_settings import language_part, language_type, settings
 from llava.checkpoint.parts import embedding_name, language_config, open_language_model, open_tower, read_language_model
 from llava.checkpoint.processors import choose_template, make_processor, open_tokenizer
 from llava.checkpoint.weights import WEIGHT_FILES, Source, read_file, read_folder
 from llava.errors import CheckpointError, UnknownFormatError, UsageError
-from llava.model.config import LlavaConfig
-from llava.prompt.tiling import parse_pinpoints
 
 if TYPE_CHECKING:
     from llava.prompt.tokenizer import Tokenizer
 
 PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
-# model_type of the checkpoint to the language model's; "llava" and "llama" are v0's.
-LANGUAGE_TYPES = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mixtral": "mixtral",
-    "llava_mpt": "mpt",
-    "llava_qwen": "qwen2",
-    "llava_qwen2": "qwen2",
-    "llava_phi": "phi3",
-    "llava_phi3": "phi3",
-    "llava_gemma": "gemma",
-    "llava_internlm2": "internlm2",
-}
-IMAGE_MODES = {None: "crop", "square": "crop", "pad": "pad", "anyres": "anyres"}
 START_END = ("<im_start>", "<im_end>")
-# config.json keys of LLaVA itself; the rest is the language model's.
-OWN_KEYS = re.compile(
-    r"mm_.*|tune_mm_.*|freeze_mm_.*|unfreeze_mm_.*|use_mm_proj|image_aspect_ratio|image_grid_pinpoints|"
-    r"image_(crop|split)_resolution|tokenizer_(model_max_length|padding_side)|s2(_scales)?|sep_image_conv_front|"
-    r"architectures|llava|auto_map|torch_dtype|dtype|transformers_version|_name_or_path|vision_tower_pretrained"
-)
 
 
 def detect(folder: Path, data: Mapping[str, Any]) -> bool:
@@ -76,7 +54,7 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
     if is_adapter(folder):
         return _read_on_base(folder, data, options, kind="lora")
     if any((folder / name).is_file() for name in WEIGHT_FILES):
-        return _read_full(folder, data, options)
+        return read_full(folder, data, options)
     if (folder / PROJECTOR_FILE).is_file():
         return _read_on_base(folder, data, options, kind="projector")
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:12])
@@ -96,16 +74,29 @@ class _Parts:
     adapter: Any = None
 
 
-def _read_full(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
+def read_full(
+    folder: Path,
+    data: Mapping[str, Any],
+    options: OpenOptions,
+    *,
+    raw: Mapping[str, Source] | None = None,
+    name: str = "original",
+    tokenizer_folder: Path | None = None,
+) -> Opened:
+    """A whole model. raw, tokenizer_folder: its tensors under this layout's names and where its tokenizer is, for
+    formats that keep the same model in other files; `name` is then theirs.
+    """
     kind = language_type(data, folder)
-    text_config = language_config({**_language_part(data), "model_type": kind}, folder)
-    raw = read_language_model(read_folder(folder), kind, data, folder)
+    text_config = language_config({**language_part(data), "model_type": kind}, folder)
+    raw = read_language_model(read_folder(folder) if raw is None else raw, kind, data, folder)
     tensors, ignored = _renamed(raw, kind, folder)
     because = f"config.json: model_type {data.get('model_type')!r}"
-    parts = _Parts(text_config, tensors, folder, ignored, (Decision("language model", kind, because),))
-    if options.base is not None:
+    parts = _Parts(
+        text_config, tensors, tokenizer_folder or folder, ignored, (Decision("language model", kind, because),)
+    )
+    if options.base is not None and name == "original":
         parts = _on_delta_base(folder, parts, options.base)
-    return _join(folder, data, options, parts, name="original")
+    return _join(folder, data, options, parts, name=name)
 
 
 def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *, kind: str) -> Opened:
@@ -118,8 +109,6 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
     parts = read_base(options.base)
     extra = projector_tensors(folder / PROJECTOR_FILE) if kind == "projector" else _non_lora(folder / NON_LORA_FILE)
     parts.tensors.update(extra.tensors)
-    if extra.embedding is not None:
-        parts = replace(parts, tensors=dict(parts.tensors))
     adapter = None
     if kind == "lora":
         adapter = replace(read_adapter(folder), rename=_adapted_name)
@@ -133,39 +122,24 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
 
 
 def read_base(base: Path) -> _Parts:
-    """The base of a projector, LoRA or delta: a language model's folder, or a whole LLaVA of the original's layout."""
+    """The base of a projector, LoRA or delta: a language model's folder, or a whole LLaVA."""
     path = base / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{base}: no config.json; the base must be a language model's or a LLaVA's folder")
     data = json.loads(path.read_text("utf-8"))
-    if detect(base, data):
+    ignored: dict[str, str] = {}
+    if "text_config" in data:
+        whole = huggingface.read(base, data, OpenOptions())
+        text_config, tensors = dict(whole.config.text_config), dict(whole.tensors)
+        kind = str(text_config["model_type"])
+    elif detect(base, data):
         kind = language_type(data, base)
-        text_config = language_config({**_language_part(data), "model_type": kind}, base)
+        text_config = language_config({**language_part(data), "model_type": kind}, base)
         tensors, ignored = _renamed(read_language_model(read_folder(base), kind, data, base), kind, base)
     else:
         kind = str(data.get("model_type"))
         text_config, tensors = open_language_model(base, data)
-        ignored = {}
     return _Parts(text_config, tensors, base, ignored, (Decision("language model", kind, f"{path}: model_type"),))
-
-
-def language_type(data: Mapping[str, Any], folder: Path) -> str:
-    """The language model's model_type in transformers. Raises CheckpointError for one that nobody maps."""
-    from transformers import CONFIG_MAPPING
-
-    named = str(data.get("model_type", "llava"))
-    kind = LANGUAGE_TYPES.get(named, named)
-    if kind in CONFIG_MAPPING or kind == "internlm2":
-        return kind
-    remote = "; its auto_map names code in the folder, which is never run" if "auto_map" in data else ""
-    raise CheckpointError(
-        f"{folder / 'config.json'}: model_type {named!r} is not known{remote}; known: {', '.join(LANGUAGE_TYPES)} and "
-        "the causal language models of transformers"
-    )
-
-
-def _language_part(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if not OWN_KEYS.fullmatch(key)}
 
 
 def naming(kind: str) -> Renaming:
@@ -293,7 +267,7 @@ def _join(
         tensors, parts = _with_token_rows(tensors, parts, tokenizer, token_rows)
     image_token_id = _image_token(tokenizer, parts.text_config)
     template, why = choose_template(tokenizer, data, options.template)
-    config = _config(folder, data, parts.text_config, vision_config, image_token_id, template)
+    config = settings(folder, data, parts.text_config, vision_config, image_token_id, template)
     if not config.has_newline and "image_newline" in tensors:
         ignored[tensors.pop("image_newline").key] = f"merge type {config.merge_type!r} has no newline"
     return Opened(
@@ -386,53 +360,3 @@ def _image_token(tokenizer: Tokenizer, text_config: Mapping[str, Any]) -> int:
     if tokenizer.has_token("<image>"):
         return tokenizer.token_id("<image>")
     return tokenizer.add_special_tokens(["<image>"])[0]
-
-
-def _config(
-    folder: Path,
-    data: Mapping[str, Any],
-    text_config: Mapping[str, Any],
-    vision_config: Mapping[str, Any],
-    image_token_id: int,
-    template: str,
-) -> LlavaConfig:
-    where = folder / "config.json"
-    if data.get("s2"):
-        raise CheckpointError(f"{where}: s2 (multi-scale tower features) is not supported")
-    if data.get("mm_resampler_type"):
-        raise CheckpointError(f"{where}: mm_resampler_type {data['mm_resampler_type']!r} is not supported")
-    width = data.get("mm_hidden_size")
-    if width is not None and width != vision_config["hidden_size"]:
-        raise CheckpointError(
-            f"{where}: mm_hidden_size is {width}, but the vision tower's width is {vision_config['hidden_size']}; "
-            "it is another tower"
-        )
-    ratio = data.get("image_aspect_ratio")
-    limit = re.fullmatch(r"anyres_max_(\d+)", str(ratio))
-    if ratio not in IMAGE_MODES and limit is None:
-        known = "square, pad, anyres, anyres_max_N"
-        raise CheckpointError(f"{where}: image_aspect_ratio {ratio!r}; known: {known}")
-    mode = "anyres" if limit else IMAGE_MODES[ratio]
-    points: tuple[tuple[int, int], ...] = ()
-    if mode == "anyres":
-        if "image_grid_pinpoints" not in data:
-            raise CheckpointError(f"{where}: image_aspect_ratio 'anyres' but no image_grid_pinpoints")
-        size = int(vision_config["image_size"])
-        points = parse_pinpoints(data["image_grid_pinpoints"], tile_size=size, order="wh")
-    return LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_id=image_token_id,
-        projector=data.get("mm_projector_type") or "linear",
-        vision_feature_layer=int(data.get("mm_vision_select_layer", -2)),
-        vision_feature_select=data.get("mm_vision_select_feature", "patch"),
-        image_mode=mode,  # type: ignore[arg-type]
-        image_grid_pinpoints=points,
-        # a picture in one tile is never merged
-        merge_type=data.get("mm_patch_merge_type", "flat"),
-        anyres_max=int(limit.group(1)) if limit else None,
-        template=template,
-        image_start_end=bool(data.get("mm_use_im_start_end", False)),
-        # the original tokenizes the words on either side of a picture apart, with every tokenizer
-        extra={"text_after_image": "restart"},
-    )

@@ -62,8 +62,9 @@ def write_model(
     renamed = {_original_name(name, config): source for name, source in language.items()}
     write_safetensors(temporary, renamed, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=advance)
     processor.save(temporary)
+    processor.tokenizer.save(temporary, portable=False)  # the original opens it with the class that the file names
     write_tower(temporary, config, tensors, dtype=dtype, advance=advance)
-    for extra in ("processor_config.json", "preprocessor_config.json", "config.json"):
+    for extra in ("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "config.json"):
         (temporary / extra).unlink(missing_ok=True)
     if tokenizer_from is not None:
         for name in (*TOKENIZER_FILES, "tokenizer.json"):

@@ -29,15 +29,34 @@ def make_processor(config: LlavaConfig, tokenizer: Tokenizer, images_from: Path)
     """
     from llava.prompt.processor import Processor
 
-    normalisation = images_from / "preprocessor_config.json"
-    if not normalisation.is_file():
-        raise CheckpointError(f"{normalisation}: missing; copy it from the vision tower's page (mean, std, size)")
+    picture = picture_settings(images_from)
+    if picture is None:
+        raise CheckpointError(
+            f"{images_from}: no preprocessor_config.json; copy it from the vision tower's page (mean, std, size)"
+        )
     with tempfile.TemporaryDirectory(prefix="llava-processor-") as name:
         folder = Path(name)
         tokenizer.save(folder)
-        shutil.copyfile(normalisation, folder / normalisation.name)
+        (folder / "preprocessor_config.json").write_text(json.dumps(picture), "utf-8")
         (folder / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
         return Processor.load(folder)
+
+
+def picture_settings(folder: Path) -> dict[str, Any] | None:
+    """How a folder normalises pictures: preprocessor_config.json, or the part of processor_config.json that newer
+    transformers write. None when it has neither."""
+    for file, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = folder / file
+        if not path.is_file():
+            continue
+        try:
+            data = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON ({error}); restore it from the model's page") from error
+        data = data if part is None else data.get(part)
+        if isinstance(data, dict):
+            return data
+    return None
 
 
 def open_tokenizer(folder: Path, *, original_kind: str | None = None) -> Tokenizer:
