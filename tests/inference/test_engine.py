@@ -136,8 +136,44 @@ def test_out_of_memory_ends_one_request_and_not_the_engine() -> None:
     engine = Engine(counter, decoder=counter)  # type: ignore[arg-type]
     large, small = engine.submit(prompt([1] * 20), upto(3)), engine.submit(prompt([4]), upto(3))
     assert list(small) == [5, 6, 7]
-    with pytest.raises(OutOfMemoryError, match="fewer pictures"):
+    with pytest.raises(OutOfMemoryError, match="drop a picture"):
         list(large)
+    assert not counter.alive
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_own_request_only() -> None:
+    class Picky(Counter):
+        def encode_images(self, pixel_values: Tensor, **_: Any) -> list[Tensor]:
+            if bool((pixel_values == 0.5).any()):
+                raise ValueError("a picture this model cannot take")
+            return super().encode_images(pixel_values)
+
+    counter = Picky()
+    engine = Engine(counter, decoder=counter)  # type: ignore[arg-type]
+    bad = [engine.submit(prompt([5], picture=0.5), upto(2)) for _ in range(2)]
+    good = [engine.submit(prompt([5], picture=0.4), upto(2)), engine.submit(prompt([8]), upto(2))]
+    assert [list(generation) for generation in good] == [[6, 7], [9, 10]]
+    for generation in bad:
+        with pytest.raises(ValueError, match="cannot take"):
+            list(generation)
+    assert not counter.alive
+
+
+def test_an_interruption_ends_what_was_under_way_and_keeps_what_waits() -> None:
+    class Interrupted(Counter):
+        def prefill(self, group: Group, branches: Sequence[int]) -> Tensor:
+            if int(group.suffix_ids[0][-1]) == 7:
+                raise KeyboardInterrupt
+            return super().prefill(group, branches)
+
+    counter = Interrupted()
+    engine = Engine(counter, decoder=counter)  # type: ignore[arg-type]
+    first, second, third = (engine.submit(prompt([n]), upto(2)) for n in (5, 7, 9))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert second.done
+    assert list(first) == [6, 7]
+    assert list(third) == [10, 11]
     assert not counter.alive
 
 

@@ -13,10 +13,9 @@ Not covered yet: keeping the keys and values of earlier turns, beam search, logp
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -27,9 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llava.errors import ContextLengthError, EngineError, OutOfMemoryError
+from llava.errors import ContextLengthError, EngineError, LlavaError, OutOfMemoryError
 from llava.inference.decoder import Decoder, Group, LlavaLike
 from llava.inference.lean import choose_decoder
+from llava.inference.pictures import FeatureStore, Picture, read_pictures
 from llava.inference.sampling import Sampler, SamplingParams
 from llava.prompt.processor import Encoded
 
@@ -37,11 +37,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 _GREEDY = SamplingParams()
 
+# What a model raises for an input that it cannot take: it ends the requests at hand, and each raises it to its owner.
+_REQUEST_ERRORS = (LlavaError, RuntimeError, ValueError)
+
 # Prompts without a picture are read together when at least this many of their first tokens agree.
 _MIN_SHARED_TOKENS = 32
-
-# Tiles encoded at once: enough to fill a processor, few enough to bound the memory of the tower's activations.
-_MAX_TILES_AT_ONCE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,8 @@ class Generation:
         self.max_new_tokens = max_new_tokens
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.error: EngineError | None = None
+        self.error: BaseException | None = None
+        """What ended it, when something did; iterating raises it."""
 
     @property
     def done(self) -> bool:
@@ -119,7 +120,7 @@ class _Job:
     generation: Generation
     branch: int
     ids: NDArray[np.int64]
-    pictures: tuple[bytes, ...]
+    pictures: tuple[Picture, ...]
     end_of_pictures: int
     """Index after the last placeholder, 0 without pictures."""
     sampler: Sampler | None
@@ -149,7 +150,7 @@ class Engine:
         self._numbers = count()
         self._waiting: deque[_Job] = deque()
         self._active: list[_Job] = []
-        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._features = FeatureStore(model, max_bytes=self._limits.max_feature_bytes)
 
     @property
     def context_length(self) -> int:
@@ -164,7 +165,7 @@ class Engine:
     @property
     def feature_bytes(self) -> int:
         """Memory of the image features kept for pictures that may be asked about again."""
-        return sum(tensor.nbytes for tensor in self._features.values())
+        return self._features.nbytes
 
     @property
     def num_waiting(self) -> int:
@@ -238,10 +239,14 @@ class Engine:
     def step(self) -> int:
         """Read waiting prompts and add one token to every answer under way; returns how many are left to work on."""
         with self._lock:
-            groups = self._admit()
-            self._encode_ahead(groups)
-            for jobs in groups:
-                self._start(jobs)
+            groups = deque(self._admit())
+            try:
+                self._features.encode_ahead(jobs[0].pictures for jobs in groups)
+                while groups:
+                    self._start(groups.popleft())
+            finally:
+                # Only an interruption leaves groups behind; they wait for the next step.
+                self._waiting.extendleft(job for jobs in reversed(groups) for job in reversed(jobs))
             if self._active:
                 self._advance()
             return len(self._active) + len(self._waiting)
@@ -255,7 +260,7 @@ class Engine:
         while self._waiting and active < self._limits.max_active:
             job = self._waiting[0]
             shared = job.end_of_pictures or _MIN_SHARED_TOKENS
-            key = (job.pictures, job.ids[:shared].tobytes())
+            key = (tuple(picture.key for picture in job.pictures), job.ids[:shared].tobytes())
             tokens = len(job.ids) + job.generation.max_new_tokens
             if key in groups and len(job.ids) > shared:
                 tokens -= shared
@@ -267,15 +272,17 @@ class Engine:
         return list(groups.values())
 
     def _start(self, jobs: Sequence[_Job]) -> None:
-        """Read the prompts of a group and pick their first tokens."""
+        """Read the prompts of a group and pick their first tokens. What goes wrong is the group's, not the engine's."""
         self._active.extend(jobs)
         try:
             logits = self.decoder.prefill(self._make_group(jobs), [job.branch for job in jobs])
             self._pick(jobs, logits)
         except torch.OutOfMemoryError:
-            self._fail(jobs, "reading the prompt ran out of memory; send a shorter one or fewer pictures")
+            self._fail(jobs, OutOfMemoryError("reading the prompt ran out of memory; shorten it or drop a picture"))
+        except _REQUEST_ERRORS as error:
+            self._fail(jobs, error)
         except BaseException as error:
-            self._fail(jobs, f"reading the prompt failed: {error}")
+            self._fail(jobs, error)
             raise
 
     def _advance(self) -> None:
@@ -285,20 +292,24 @@ class Engine:
             logits = self.decoder.step([job.branch for job in jobs], last)
             self._pick(jobs, logits)
         except torch.OutOfMemoryError:
-            self._fail(jobs[-1:], "the answer ran out of memory; ask for fewer tokens or send a shorter prompt")
+            self._fail(jobs[-1:], OutOfMemoryError("the answer ran out of memory; ask for fewer tokens"))
+        except _REQUEST_ERRORS as error:
+            self._fail(jobs, error)
         except BaseException as error:
-            self._fail(jobs, f"a step failed: {error}")
+            self._fail(jobs, error)
             raise
 
     def _pick(self, jobs: Sequence[_Job], logits: Tensor) -> None:
         """Choose each job's next token. logits: (len(jobs), V)."""
         best_values, best_ids = logits.max(dim=-1)
         ids: list[int] = best_ids.tolist()
-        if not all(map(math.isfinite, best_values.tolist())):
-            raise EngineError("the model's output is not finite; its weights or its number format are damaged")
-        done = []
-        for i, job in enumerate(jobs):
+        finite = map(math.isfinite, best_values.tolist())
+        done, broken = [], []
+        for i, (job, is_finite) in enumerate(zip(jobs, finite, strict=True)):
             generation = job.generation
+            if not is_finite:
+                broken.append(job)
+                continue
             token_id = ids[i] if job.sampler is None else job.sampler.pick(logits[i])
             generation.token_ids.append(token_id)
             if token_id in job.stop_token_ids:
@@ -309,6 +320,9 @@ class Engine:
                 continue
             done.append(job)
         self._free(done)
+        if broken:
+            reason = "the model's output is not finite; its weights or its number format are damaged"
+            self._fail(broken, EngineError(reason))
 
     def _free(self, jobs: Sequence[_Job]) -> None:
         if jobs:
@@ -316,16 +330,17 @@ class Engine:
             self._active = [job for job in self._active if job.branch not in gone]
             self.decoder.free(sorted(gone))
 
-    def _fail(self, jobs: Sequence[_Job], reason: str) -> None:
+    def _fail(self, jobs: Sequence[_Job], error: BaseException) -> None:
+        """End jobs with an error, which each of them raises to whoever iterates over it."""
         for job in jobs:
             if not job.generation.done:
-                job.generation.error = OutOfMemoryError(reason) if "memory" in reason else EngineError(reason)
+                job.generation.error = error
         self._free(jobs)
 
     def _make_job(self, generation: Generation) -> _Job:
         encoded, params = generation.request.encoded, generation.request.params
         ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int64)
-        pictures = tuple(picture.key for picture in _pictures(encoded))
+        pictures = read_pictures(encoded)
         is_image = ids == self._image_token_id
         end = int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
         sampler = None if params.plain else Sampler(params, ids[~is_image].tolist())
@@ -342,93 +357,13 @@ class Engine:
     def _make_group(self, jobs: Sequence[_Job]) -> Group:
         """Split a group's prompts into the beginning they share, pictures included, and what is each one's own."""
         shared = _shared_length([job.ids for job in jobs]) if len(jobs) > 1 else 0
-        rows = [torch.from_numpy(job.ids).to(self.decoder.device) for job in jobs]
+        rows = [torch.tensor(job.ids, device=self.decoder.device) for job in jobs]
         return Group(
             prefix_ids=rows[0][:shared],
-            image_features=self._image_features(jobs[0]),
+            image_features=self._features.read(jobs[0].pictures),
             suffix_ids=tuple(row[shared:] for row in rows),
             max_new_tokens=tuple(job.generation.max_new_tokens for job in jobs),
         )
-
-    def _image_features(self, job: _Job) -> Tensor | None:
-        """Features of a job's pictures, (F, D), from those kept or encoded now."""
-        if not job.pictures:
-            return None
-        self._encode([job])
-        return torch.cat([self._features[key] for key in job.pictures])
-
-    def _encode_ahead(self, groups: Sequence[Sequence[_Job]]) -> None:
-        """Encode the pictures of several groups together; one that does not fit is left to its own group."""
-        try:
-            self._encode([jobs[0] for jobs in groups])
-        except torch.OutOfMemoryError:
-            return
-
-    def _encode(self, jobs: Sequence[_Job]) -> None:
-        """Make sure that the features of these jobs' pictures are in the store, and that it is not too large.
-
-        The pictures of `jobs` stay, whatever their size: they are about to be read.
-        """
-        missing: dict[bytes, _Picture] = {}
-        for job in jobs:
-            for picture in _pictures(job.generation.request.encoded, job.pictures):
-                if picture.key in self._features:
-                    self._features.move_to_end(picture.key)
-                else:
-                    missing[picture.key] = picture
-        for pictures in _in_chunks(list(missing.values())):
-            features = self._model.encode_images(
-                torch.from_numpy(np.concatenate([picture.tiles for picture in pictures])),
-                image_sizes=[picture.size for picture in pictures],
-                tiles_per_image=[len(picture.tiles) for picture in pictures],
-            )
-            self._features.update(zip((picture.key for picture in pictures), features, strict=True))
-        needed = {key for job in jobs for key in job.pictures}
-        stored = self.feature_bytes
-        for key in list(self._features):
-            if stored <= self._limits.max_feature_bytes:
-                break
-            if key not in needed:
-                stored -= self._features.pop(key).nbytes
-
-
-@dataclass(frozen=True, eq=False)
-class _Picture:
-    """One picture of a request. tiles: (N, 3, H, W); size: its original (height, width)."""
-
-    key: bytes
-    tiles: NDArray[np.float32]
-    size: tuple[int, int]
-
-
-def _pictures(encoded: Encoded, keys: Sequence[bytes] | None = None) -> list[_Picture]:
-    """A request's pictures, known by their pixels and sizes when no keys are given."""
-    counts = encoded.tiles_per_image or (1,) * len(encoded.pixel_values)
-    tiles = np.split(encoded.pixel_values, np.cumsum(counts)[:-1]) if counts else []
-    sizes = encoded.image_sizes or tuple((array.shape[2], array.shape[3]) for array in tiles)
-    if keys is None:
-        keys = [_picture_key(array, size) for array, size in zip(tiles, sizes, strict=True)]
-    return [_Picture(*parts) for parts in zip(keys, tiles, sizes, strict=True)]
-
-
-def _picture_key(tiles: NDArray[np.float32], size: tuple[int, int]) -> bytes:
-    digest = hashlib.blake2b(repr((tiles.shape, size)).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(tiles).data)
-    return digest.digest()
-
-
-def _in_chunks(pictures: Sequence[_Picture]) -> Iterator[list[_Picture]]:
-    """Pictures in runs of at most _MAX_TILES_AT_ONCE tiles, one picture at least."""
-    chunk: list[_Picture] = []
-    tiles = 0
-    for picture in pictures:
-        if chunk and tiles + len(picture.tiles) > _MAX_TILES_AT_ONCE:
-            yield chunk
-            chunk, tiles = [], 0
-        chunk.append(picture)
-        tiles += len(picture.tiles)
-    if chunk:
-        yield chunk
 
 
 def _shared_length(rows: Sequence[NDArray[np.int64]]) -> int:

@@ -5,15 +5,14 @@ layer: queries, keys and values in one product, rotation of queries and keys in 
 The weights stay transformers' modules' own (small models' are copied once, joined); the greedy tokens are equal.
 
 The key-value cache is rows of columns, one column a token. A row is a tree: the tokens of a prefix, read once, then
-the tokens of its branches in the order in which they came. `_owner` says for each column whether it belongs to the
-prefix (0), to a branch (1, 2, ...) or to nobody (-1); a branch attends to the prefix and to itself. So twelve questions
-about one picture read the picture once and step together, and an ordinary chat is a tree with one branch.
+the tokens of its branches in the order in which they came. The cache's `owner` says for each column whether it belongs
+to the prefix (0), to a branch (1, 2, ...) or to nobody (-1); a branch attends to the prefix and to itself. So twelve
+questions about one picture read the picture once and step together, and an ordinary chat is a tree with one branch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,18 +23,13 @@ from torch import Tensor, nn
 from llava.inference.cache import MIN_COLUMNS, NOBODY, PREFIX, KeyValueCache
 from llava.inference.decoder import Decoder, Group, LlavaLike, PlainDecoder, bytes_per_token, context_length
 from llava.inference.layers import as_function, read_layers
+from llava.inference.rows import NO_QUERY, Branch, Layout, Row, plan_rows
 
 # Classes whose decoder layers are exactly: norm, rotated attention (biases allowed), norm, gated feed-forward.
 _LEAN_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 # Rotations whose frequencies do not change with the length of the text.
 _LEAN_ROTATIONS = ("default", "linear", "llama3", "yarn")
-
-# Columns of a row are masked for the branches that do not own them, and masked work is wasted work; beyond this many
-# columns of branches (or twice the prefix), more rows with a copy of the prefix are cheaper.
-_MAX_BRANCH_COLUMNS = 1024
-
-_NO_QUERY = -2
 
 
 def choose_decoder(model: LlavaLike) -> Decoder:
@@ -58,54 +52,6 @@ def is_lean(language_model: Any) -> bool:
     rotation = getattr(language_model.model.rotary_emb, "rope_type", "default")
     devices = {parameter.device for parameter in language_model.parameters()}
     return not has_window and rotation in _LEAN_ROTATIONS and len(devices) == 1
-
-
-@dataclass(eq=False)
-class _Branch:
-    number: int
-    """Owner number of its columns in its row, from 1."""
-    length: int
-    """Tokens of its prompt and answer so far: the position of its next one."""
-
-
-@dataclass(eq=False)
-class _Row:
-    columns: int = 0
-    branches: dict[int, _Branch] = field(default_factory=dict)
-    made: int = 0
-    """Branches it ever had."""
-
-
-@dataclass(eq=False)
-class _Layout:
-    """Where the tokens of a step go. N tokens, one a branch; R rows; up to Q branches a row."""
-
-    branches: tuple[int, ...]
-    states: list[tuple[_Row, _Branch]]
-    rows: Tensor
-    """(N,) row of each token."""
-    owner: Tensor
-    """(N,) branch number in its row."""
-    positions: Tensor
-    """(N,) position of each token."""
-    columns: Tensor
-    """(N,) column of each token."""
-    stride: Tensor
-    """(N,) how many columns a step adds to the token's row."""
-    query_owner: Tensor
-    """(R, Q) branch number of each query, _NO_QUERY where a row has fewer than Q."""
-    slots: Tensor | None
-    """(N,) index into R x Q, None when the tokens fill it in order."""
-    needs_mask: bool
-    longest_position: int
-    longest_columns: int
-
-    def move_on(self) -> None:
-        """From this step to the next one of the same branches."""
-        self.positions += 1
-        self.columns += self.stride
-        self.longest_position += 1
-        self.longest_columns = max(row.columns + len(row.branches) for row, _ in self.states)
 
 
 class LeanDecoder:
@@ -133,9 +79,9 @@ class LeanDecoder:
             dtype=self._embedding.dtype,
             device=self._embedding.device,
         )
-        self._rows: list[_Row] = []
-        self._row_of: dict[int, _Row] = {}
-        self._layout: _Layout | None = None
+        self._rows: list[Row] = []
+        self._row_of: dict[int, Row] = {}
+        self._layout: Layout | None = None
         self.device = self._embedding.device
         self.context_length = context_length(config)
         self.bytes_per_token = bytes_per_token(config, self._embedding.element_size())
@@ -147,7 +93,7 @@ class LeanDecoder:
 
     def prefill(self, group: Group, branches: Sequence[int]) -> Tensor:
         self._layout = None
-        plan = _plan_rows(group)
+        plan = plan_rows(group)
         prefix_length = len(group.prefix_ids)
         first_row = len(self._rows)
         logits: list[Tensor] = []
@@ -158,7 +104,7 @@ class LeanDecoder:
                 self._cache.reserve(
                     len(self._rows) + len(plan) - i, prefix_length + new_tokens + room, used=len(self._rows)
                 )
-                row = _Row()
+                row = Row()
                 self._rows.append(row)
                 if i > 0 and prefix_length > 0:
                     self._cache.copy_row(first_row, first_row + i, columns=prefix_length)
@@ -234,7 +180,7 @@ class LeanDecoder:
         ends = []
         for branch, suffix in zip(branches, suffixes, strict=True):
             row.made += 1
-            row.branches[branch] = _Branch(number=row.made, length=prefix_length + len(suffix))
+            row.branches[branch] = Branch(number=row.made, length=prefix_length + len(suffix))
             self._row_of[branch] = row
             owner += [row.made] * len(suffix)
             positions += range(prefix_length, prefix_length + len(suffix))
@@ -311,7 +257,7 @@ class LeanDecoder:
 
     def _attend_step(
         self,
-        layout: _Layout,
+        layout: Layout,
         mask: Tensor | None,
         size: tuple[int, ...],
         stride: tuple[int, ...],
@@ -329,21 +275,21 @@ class LeanDecoder:
         out = out.transpose(1, 2).reshape(rows * per_row, -1)
         return out if layout.slots is None else out[layout.slots]
 
-    def _views(self, layout: _Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _views(self, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Size and stride that show a flat cache as (R, kv_heads, T, head_dim) for the rows of a step."""
         width = self._kv_heads * self._head_dim
         size = (layout.query_owner.shape[0], self._kv_heads, layout.longest_columns, self._head_dim)
         return size, (self._cache.columns * width, self._head_dim, width, 1)
 
-    def _step_mask(self, layout: _Layout) -> Tensor:
+    def _step_mask(self, layout: Layout) -> Tensor:
         """(R, 1, Q, T) bool, True where a query may attend."""
         owner = self._cache.owner[: len(self._rows), None, : layout.longest_columns]  # (R, 1, T)
         mask = (owner == PREFIX) | (owner == layout.query_owner[:, :, None])  # (R, Q, T)
         # A query that stands for nobody sees the first column: a softmax over nothing would be NaN.
-        mask[:, :, 0] |= layout.query_owner == _NO_QUERY
+        mask[:, :, 0] |= layout.query_owner == NO_QUERY
         return mask[:, None]
 
-    def _lay_out(self, branches: Sequence[int]) -> _Layout:
+    def _lay_out(self, branches: Sequence[int]) -> Layout:
         index_of = {id(row): i for i, row in enumerate(self._rows)}
         counts = [0] * len(self._rows)
         states, indices, ranks, columns = [], [], [], []
@@ -360,7 +306,7 @@ class LeanDecoder:
                 # Steps without a mask did not write down whose columns they filled.
                 self._cache.owner[index, : row.columns] = 1
         per_row = max(counts)
-        query_owner = torch.full((len(counts), per_row), _NO_QUERY, dtype=torch.int32)
+        query_owner = torch.full((len(counts), per_row), NO_QUERY, dtype=torch.int32)
         for (_, state), index, rank in zip(states, indices, ranks, strict=True):
             query_owner[index, rank] = state.number
         slots = [index * per_row + rank for index, rank in zip(indices, ranks, strict=True)]
@@ -368,7 +314,7 @@ class LeanDecoder:
         # One branch a row, all rows equally long and all of them moving: every column is its row's branch's own.
         same = all(row.made == 1 and row.columns + 1 == longest for row in self._rows) and min(counts) == 1
         device = self.device
-        return _Layout(
+        return Layout(
             branches=tuple(branches),
             states=states,
             rows=torch.tensor(indices, device=device),
@@ -397,18 +343,3 @@ class LeanDecoder:
             self._table = torch.stack([cos[0], sin[0]], dim=1)[:, :, None]  # (L, 2, 1, head_dim)
         cos, sin = self._table.index_select(0, positions).unbind(1)
         return cos, sin
-
-
-def _plan_rows(group: Group) -> list[list[int]]:
-    """Which prompts of a group share a row: as many as fit into the columns that are worth masking."""
-    limit = max(_MAX_BRANCH_COLUMNS, 2 * len(group.prefix_ids))
-    rows: list[list[int]] = [[]]
-    columns = 0
-    for i, (suffix, max_new_tokens) in enumerate(zip(group.suffix_ids, group.max_new_tokens, strict=True)):
-        wanted = len(suffix) + max_new_tokens
-        if rows[-1] and columns + wanted > limit:
-            rows.append([])
-            columns = 0
-        rows[-1].append(i)
-        columns += wanted
-    return rows

@@ -1,0 +1,73 @@
+"""The real program in a real (pseudo) terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.tiny_model import write_model
+
+
+class Terminal:
+    """A program with a terminal of its own; gathers what it shows."""
+
+    def __init__(self, *command: str) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+            preexec_fn=_take_terminal,
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def send(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, pattern: str, *, timeout_seconds: float = 90) -> None:
+        """Read until the pattern is shown after what was waited for before."""
+        begin, deadline = len(self.shown), time.monotonic() + timeout_seconds
+        while not re.search(pattern, self.shown[begin:]):
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self._master], [], [], 0.1)[0]:
+                self.shown += os.read(self._master, 65536).decode(errors="replace")
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_long_answer_and_the_talk_goes_on(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", context=100_000)
+    terminal = Terminal(
+        sys.executable, "-m", "llava.cli.main", "chat", str(model), "--max-new-tokens", "90000", "--dtype", "float32"
+    )
+    try:
+        terminal.wait_for("> ")
+        terminal.send("Hello\r")
+        terminal.wait_for("Hello")
+        time.sleep(1)
+        terminal.send("\x03")
+        terminal.wait_for("> ", timeout_seconds=10)
+        terminal.send("/undo\r")
+        terminal.wait_for("took back: Hello")
+        terminal.send("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
