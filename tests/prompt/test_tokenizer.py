@@ -48,6 +48,7 @@ def test_decoded_words_equal_the_recorded_ones_but_for_leading_blanks(name: str)
         assert recorded_tokenizer(name).decode(ids).lstrip(" ") == text.lstrip(" ")
 
 
+NOT_BLANK_FIRST = [text for text in RECORDED["strings"] if not text.startswith((" ", "▁"))]
 SPECIALS = ("</s>", "<s>", "<unk>", "<image>", "<im_start>", "<|im_end|>", "<|endoftext|>", "<|end|>", "[INST]")
 words = st.lists(
     st.one_of(
@@ -136,14 +137,15 @@ def test_a_saved_tokenizer_is_the_same_again(kind: str, tmp_path: Path) -> None:
         assert again.encode(text) == subject.encode(text)
 
 
-@pytest.mark.parametrize("kind", ["fast:prepend", "fast:first", "mpt"])
-def test_a_saved_fast_tokenizer_opens_in_transformers_with_equal_ids(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fast:prepend", "fast:first", "mpt", "llama_legacy", "llama_nonlegacy"])
+def test_a_saved_tokenizer_opens_in_transformers_with_equal_ids(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     subject = tokenizer(kind)
     subject.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("USER: hi ASSISTANT: ok</s>USER: more", "  two  spaces", "<image>\nWhat?", "这图 é 🙂"):
+    texts = RECORDED["strings"] if kind != "llama_nonlegacy" else NOT_BLANK_FIRST
+    for text in texts:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert subject.encode_markup(text) == [*subject.prefix_ids, *ids], text
 
@@ -212,3 +214,15 @@ def test_a_model_that_rewrites_characters_still_says_where_tokens_begin() -> Non
     assert all(0 <= start < len(text) for start in starts)
     colon = subject.encode_plain(":", kind="bare")[-1]
     assert starts[ids.index(colon)] == text.index(":")
+
+
+def test_a_sentencepiece_model_saved_for_other_engines_is_still_read_as_one(tmp_path: Path) -> None:
+    subject = open_tokenizer("llama_nonlegacy", added=("<image>",))
+    subject.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    again = load_tokenizer(tmp_path)
+    assert type(again) is type(subject)
+    again.save(tmp_path, portable=False)
+    assert not (tmp_path / "tokenizer.json").exists()
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    assert load_tokenizer(tmp_path).encode_markup("  a<image> b") == subject.encode_markup("  a<image> b")

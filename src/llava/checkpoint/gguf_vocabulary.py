@@ -72,11 +72,11 @@ def make_vocabulary(tokenizer: Tokenizer, rows: int) -> Vocabulary:
     with tempfile.TemporaryDirectory(prefix="llava-vocabulary-") as name:
         folder = Path(name)
         tokenizer.save(folder)
-        if (folder / "tokenizer.json").is_file():
+        if (folder / "tokenizer.model").is_file():  # a tokenizer.json beside it is a copy for other engines
+            made = _from_sentencepiece(folder / "tokenizer.model", tokenizer, rows)
+        else:
             spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
             made = _from_spec(spec, tokenizer, rows)
-        else:
-            made = _from_sentencepiece(folder / "tokenizer.model", tokenizer, rows)
     return made
 
 

@@ -10,15 +10,19 @@ from llava.errors import CheckpointError
 from llava.prompt.tokenizer_base import RunKind as RunKind
 from llava.prompt.tokenizer_base import Tokenizer as Tokenizer
 from llava.prompt.tokenizer_fast import FastTokenizer
-from llava.prompt.tokenizer_sentencepiece import SentencePieceTokenizer
+from llava.prompt.tokenizer_sentencepiece import SENTENCEPIECE_MARK, SentencePieceTokenizer
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Open the tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`."""
+    """Open the tokenizer of a model folder: `tokenizer.json` where there is one, else `tokenizer.model`.
+
+    A folder saved here from a `tokenizer.model` has both and says in tokenizer_config.json that the latter is meant.
+    """
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json")
     special = _read_json(folder / "special_tokens_map.json")
-    if (folder / "tokenizer.json").is_file():
+    sentencepiece_first = bool(config.get(SENTENCEPIECE_MARK)) and (folder / "tokenizer.model").is_file()
+    if (folder / "tokenizer.json").is_file() and not sentencepiece_first:
         return FastTokenizer(_read_json(folder / "tokenizer.json"), config, special)
     if (folder / "tokenizer.model").is_file():
         added = {**_decoder_tokens(config), **_read_json(folder / "added_tokens.json")}

@@ -64,8 +64,8 @@ class Tokenizer(ABC):
         """The text of token ids."""
 
     @abstractmethod
-    def save(self, folder: Path | str) -> None:
-        """Write the files that `load_tokenizer` (and transformers) reads."""
+    def save(self, folder: Path | str, *, portable: bool = True) -> None:
+        """Write the files that `load_tokenizer` reads; portable: and those that other engines need."""
 
     @abstractmethod
     def _lookup(self, token: str) -> int | None:

@@ -96,7 +96,7 @@ class FastTokenizer(Tokenizer):
         known = [token for token in map(int, ids) if token >= 0]
         return str(self._full.decode(known, skip_special_tokens=skip_special))
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, portable: bool = True) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "tokenizer.json", self._spec, indent=None)

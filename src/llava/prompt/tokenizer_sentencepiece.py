@@ -8,9 +8,12 @@ from typing import Any
 
 import sentencepiece
 
+from llava.prompt.sentencepiece_export import build_tokenizer_json
 from llava.prompt.tokenizer_base import RunKind, Tokenizer, described, write_json
 
 _META = "▁"
+# In tokenizer_config.json: a tokenizer.json lies beside it for others, tokenizer.model is what is meant.
+SENTENCEPIECE_MARK = "llava_reads_tokenizer_model"
 # Appended to a serialized sentencepiece model: normalizer_spec.add_dummy_prefix = false (protobuf merges repeats).
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -31,6 +34,9 @@ class SentencePieceTokenizer(Tokenizer):
         special_tokens_map: dict[str, Any],
         added_tokens: dict[str, int] | None = None,
     ) -> None:
+        if config.get(SENTENCEPIECE_MARK):
+            config = {**config, "tokenizer_class": "LlamaTokenizer"}
+            del config[SENTENCEPIECE_MARK]
         super().__init__(config, special_tokens_map)
         self._model = model
         self._with_prefix = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -156,20 +162,47 @@ class SentencePieceTokenizer(Tokenizer):
             if 0 <= token < len(self._pieces) or token in self._by_added_id:
                 yield token
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, portable: bool = True) -> None:
+        """Write tokenizer.model with its companions; portable: and a tokenizer.json, where one can say the same."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._model)
         if self.added_tokens:
             write_json(folder / "added_tokens.json", self.added_tokens)
         control = {self._pieces[i]: i for i in self._control_ids()}
-        entries = {
-            str(i): described(token, special=i in self.special_ids or token == self._unknown)
+        entries = [
+            {"id": i, **described(token, special=i in self.special_ids or token == self._unknown)}
             for token, i in sorted({**control, **self.added_tokens}.items(), key=lambda entry: entry[1])
+        ]
+        config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", **self.config, "legacy": self.legacy}
+        fast = self._as_fast(entries) if portable else None
+        (folder / "tokenizer.json").unlink(missing_ok=True)
+        if fast is not None:
+            write_json(folder / "tokenizer.json", fast, indent=None)
+            # The generic class runs the file as it is; transformers 5's Llama class would rebuild it its own way.
+            config |= {"tokenizer_class": "PreTrainedTokenizerFast", SENTENCEPIECE_MARK: True}
+        config["added_tokens_decoder"] = {
+            str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in entries
         }
-        config = {"tokenizer_class": "LlamaTokenizer", **self.config, "legacy": self.legacy}
-        write_json(folder / "tokenizer_config.json", {**config, "added_tokens_decoder": entries})
+        write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", self._special_tokens_map)
+
+    def _as_fast(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        size = len(self._pieces)
+        control = self._control_ids()
+        bos = (self._named("bos_token") or "", self.prefix_ids[0]) if self.prefix_ids else None
+        if sorted(self.added_tokens.values()) != list(range(size, size + len(self.added_tokens))):
+            return None  # the tokenizers library numbers added tokens without gaps
+        return build_tokenizer_json(
+            self._pieces,
+            [self._with_prefix.get_score(i) for i in range(size)],
+            plain=[i not in control and self._bytes[i] is None for i in range(size)],
+            unknown=self._unknown,
+            legacy=self.legacy,
+            adds_prefix=self._adds_prefix,
+            added=entries,
+            bos=bos,
+        )
 
     def _control_ids(self) -> set[int]:
         unknown = self._with_prefix.unk_id()
