@@ -48,8 +48,8 @@ def test_forms_tell_what_they_promise() -> None:
     item = scene.objects[0]
     box = "[" + ", ".join(f"{value:.2f}" for value in item.box) + "]"
     assert write_scene(scene, "names").startswith(f"{item.name}. ")
-    assert write_scene(scene, "places").startswith(f"{item.size} {item.name} at {item.region}. ")
-    assert write_scene(scene, "boxes").startswith(f"{item.size} {item.name} at {item.region} {box}. ")
+    assert write_scene(scene, "places").startswith(f"{item.size} {item.name} {item.region}. ")
+    assert write_scene(scene, "boxes").startswith(f"{item.size} {item.name} {item.region} {box}. ")
     assert write_scene(scene, "bare_boxes").startswith(f"{item.name} {box}. ")
 
 

@@ -97,8 +97,8 @@ def pretrain_language_model(
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         if copy_steps <= state.step < random_steps:
-            easy = state.step < copy_steps + settings.look_up_steps_easy
-            name, loss = "look up", look_up_loss(state.model, pool, marks, rng, easy=easy)
+            most = 3 + (state.step - copy_steps) // settings.look_up_steps_each
+            name, loss = "look up", look_up_loss(state.model, pool, marks, rng, most=min(most, 6))
         elif state.step < copy_steps:
             name, loss = (
                 "copy",

@@ -24,9 +24,8 @@ class LanguageSettings:
     num_heads: int = 6
     copy_steps_easy: int = 60  # 56 tokens, up to 20 long
     copy_steps_hard: int = 140  # every token of the world, up to 32 long
-    look_up_steps_easy: int = 300  # records of random tokens and questions about their fields, few and short
-    look_up_steps_hard: int = 400
-    question_steps: int = 8_000
+    look_up_steps_each: int = 120  # records of random tokens with up to 3, 4, 5 and 6 fields, and questions on them
+    question_steps: int = 6_300
     batch_rows: int = 8
     row_tokens: int = 288
     random_learning_rate: float = 2e-3
@@ -38,7 +37,7 @@ class LanguageSettings:
     @property
     def random_steps(self) -> int:
         """Steps on random tokens, before the first question about a scene."""
-        return self.copy_steps_easy + self.copy_steps_hard + self.look_up_steps_easy + self.look_up_steps_hard
+        return self.copy_steps_easy + self.copy_steps_hard + 4 * self.look_up_steps_each
 
 
 def build_language_model(settings: LanguageSettings, tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -75,24 +74,23 @@ def build_language_model(settings: LanguageSettings, tokenizer: Tokenizer) -> Ll
     with torch.no_grad():
         model.lm_head.weight.copy_(0.04 * rows)
         model.model.embed_tokens.weight.copy_(rows + 0.25 * math.sqrt(settings.hidden_size) * shared)
-        for head in range(2):
-            _start_copying(model, shared, head=head)
+        for head, distance in enumerate((1, 1, 2, 3)):
+            _start_copying(model, shared, head=head, distance=distance)
     return model
 
 
-def _start_copying(model: LlamaForCausalLM, shared: Tensor, *, head: int) -> None:
+def _start_copying(model: LlamaForCausalLM, shared: Tensor, *, head: int, distance: int) -> None:
     """Start one head of each of the first two layers as the circuit that copies: find what followed this token before.
 
-    First layer: look at the token before and write down which it was. Its query and key come from a direction that all
-    embeddings share, and differ by one step of the rotary embedding. Second layer: look where this token was written
-    down as the one before, on the slow frequencies that hardly turn with distance, and bring the token that stands
-    there.
-    Random tokens then sharpen in minutes what they would need much longer to find.
+    First layer: look at the token `distance` before and write down which it was. Its query and key come from a
+    direction that all embeddings share, and differ by as many steps of the rotary embedding. Second layer: look where
+    this token was written down so, on the slow frequencies that hardly turn with distance, and bring the token that
+    stands there. Random tokens then sharpen in seconds what they would need very long to find.
     """
     first, second = (model.model.layers[layer].self_attn for layer in (0, 1))
     size, half = first.head_dim, first.head_dim // 2
     rows = slice(head * size, (head + 1) * size)
-    angles = model.model.rotary_emb.inv_freq[:half].float()
+    angles = distance * model.model.rotary_emb.inv_freq[:half].float()
     query = torch.zeros(size)
     query[:4] = 1.15  # the fastest frequencies: the others hardly tell near places apart
     key = torch.cat([query[:half] * angles.cos(), query[:half] * angles.sin()])

@@ -19,7 +19,7 @@ text was involved. The head lies beside it (`vision_probe.safetensors`) for meas
 
 **Language model** (`language_model/`, transformers' `LlamaForCausalLM`). It never saw a pixel or the tower. First came
 two exercises on random tokens, copying and looking up a record's field (two heads start as the circuit that copies, and
-numbers start in order), then questions about scenes. A scene stood in its context as text ("small red circle at top
+numbers start in order), then questions about scenes. A scene stood in its context as text ("small red circle top
 left [0.10, 0.12, 0.30, 0.33]."), and in the later part of the training for some rows as a grid of 8 x 8 places, each
 holding the drawn object's shape, colour and box as symbols through a small projector that was thrown away: the form in
 which a LLaVA's language model meets pictures, so that the quickstart's two stages have minutes of work left, not hours.

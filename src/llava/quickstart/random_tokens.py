@@ -53,11 +53,14 @@ def copy_loss(model: LlamaForCausalLM, pool: list[int], rng: random.Random, *, e
 
 
 def look_up_loss(
-    model: LlamaForCausalLM, pool: list[int], marks: list[int], rng: random.Random, *, easy: bool
+    model: LlamaForCausalLM, pool: list[int], marks: list[int], rng: random.Random, *, most: int
 ) -> Tensor:
     """Records of random tokens, then questions about them: one field (or two that only together name a record), the
-    number of the field that is wanted, and its token. Nothing can be guessed from what tokens usually mean."""
-    num_records, size = (rng.randint(2, 3), rng.randint(2, 3)) if easy else (rng.randint(2, 5), rng.randint(2, 6))
+    number of the field that is wanted, and its token. Nothing can be guessed from what tokens usually mean.
+
+    most: how many fields a record may have, up to 6.
+    """
+    num_records, size = rng.randint(2, min(most, 5)), rng.randint(2, most)
     paired = size > 2 and rng.random() < 0.5
     free = [token for token in pool if token not in marks]
     rows: list[list[int]] = []

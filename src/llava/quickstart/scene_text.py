@@ -137,7 +137,7 @@ class RowWriter:
 def write_scene(scene: Scene, form: str) -> str:
     """The objects one after the other, a sentence each.
 
-    names: "red circle."; places: "small red circle at top left."; boxes: that and the box; bare_boxes: name and box,
+    names: "red circle."; places: "small red circle top left."; boxes: that and the box; bare_boxes: name and box,
     from which size and place have to be read.
     """
     told = []
@@ -147,7 +147,7 @@ def write_scene(scene: Scene, form: str) -> str:
         elif form == "bare_boxes":
             told.append(f"{item.name} {write_box(item.box)}")
         else:
-            told.append(f"{item.size} {item.name} at {item.region}")
+            told.append(f"{item.size} {item.name} {item.region}")
             if form == "boxes":
                 told[-1] += " " + write_box(item.box)
     return ". ".join(told) + "."
