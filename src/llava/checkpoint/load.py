@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llava.checkpoint import huggingface, original
+from llava.checkpoint import huggingface, original, paddle
 from llava.checkpoint.opened import LoadReport, Opened, OpenOptions, materialise
 from llava.checkpoint.parts import open_language_model, open_tower
 from llava.checkpoint.processors import make_processor, open_tokenizer
@@ -53,6 +53,9 @@ FORMATS: dict[str, Format] = {
         huggingface.detect,
         huggingface.read,
         "config.json with model_type llava, llava_next or llava_onevision and a text_config",
+    ),
+    "paddlemix": Format(
+        paddle.detect, paddle.read, "config.json with mm_vision_tower beside model_state.pdparams, PaddleMIX's"
     ),
     "original": Format(
         original.detect,
