@@ -13,7 +13,7 @@ from llava.data.loader import GlobalStep, Layout, Loader, StepPlan
 from llava.errors import DataError, TrainingError
 from llava.prompt.processor import IGNORE_LABEL, Encoded
 
-LAYOUT = Layout(row_tokens=32, micro_batch_tokens=96, image_token_id=9, pad_token_id=0)
+LAYOUT = Layout(tree_tokens=32, row_tokens=32, micro_batch_tokens=96, image_token_id=9, pad_token_id=0)
 
 
 def make_groups(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -90,7 +90,7 @@ def test_workers_do_not_change_what_comes(workers: int) -> None:
 
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=12), row_tokens=st.integers(1, 40))
 def test_no_supervised_token_is_lost_on_the_way(sizes: list[int], row_tokens: int) -> None:
-    layout = Layout(row_tokens, 3 * row_tokens, 9, 0)
+    layout = Layout(row_tokens, row_tokens, 3 * row_tokens, 9, 0)
     loader = make_loader(sizes, batch=6, layout=layout, epochs=1.0)
     steps = list(loader)
     assert sorted(t for step in steps for t in targets(step)) == [100 + n for n in range(sum(sizes))]

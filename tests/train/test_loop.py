@@ -19,7 +19,7 @@ from llava.train.stages import apply_stage
 
 
 def make_step(number: int = 0, *, micro_batch_tokens: int = 10_000, seed: int = 0) -> GlobalStep:
-    layout = Layout(24, micro_batch_tokens, IMAGE_ID, 0)
+    layout = Layout(24, 24, micro_batch_tokens, IMAGE_ID, 0)
     batches = tuple(lay_out(grow(make_mixed_conversations(seed)), layout))
     return GlobalStep(number, 0.0, (0, 1, 2), batches, 0)
 
@@ -70,7 +70,7 @@ def test_a_tiny_model_learns_to_read_its_picture(tiny_llava: Callable[..., Llava
     model = tiny_llava()
     rng = np.random.default_rng(0)
     groups = [[make_conversation(rng, picture=picture) for _ in range(3)] for picture in range(4)]
-    batches = tuple(lay_out(grow(groups), Layout(64, 10_000, IMAGE_ID, 0)))
+    batches = tuple(lay_out(grow(groups), Layout(64, 64, 10_000, IMAGE_ID, 0)))
     trainer = make_trainer(model)
     losses = [trainer.step(GlobalStep(n, 0.0, (), batches, 0)).loss for n in range(60)]
     assert losses[0] > 3

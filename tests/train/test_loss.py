@@ -36,7 +36,7 @@ def brute_force(model: Llava, conversations: list[Encoded]) -> Tensor:
 
 
 def summed_loss(model: Llava, trees: list[Tree], *, row_tokens: int = 64, micro_batch_tokens: int = 256) -> Tensor:
-    layout = Layout(row_tokens, micro_batch_tokens, IMAGE_ID, 0)
+    layout = Layout(row_tokens, row_tokens, micro_batch_tokens, IMAGE_ID, 0)
     trainer = make_trainer(model)
     return sum((trainer.summed_loss(batch) for batch in lay_out(trees, layout)), torch.zeros((), dtype=torch.float64))
 
@@ -71,6 +71,19 @@ def test_trees_give_the_gradients_of_separate_sequences(tiny_llava: Callable[...
             torch.testing.assert_close(
                 made[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+def test_attention_by_trees_and_by_mask_give_the_same_gradients(tiny_llava: Callable[..., Llava]) -> None:
+    made = []
+    for by_trees in (True, False):
+        model = tiny_llava().double()
+        trainer = make_trainer(model)
+        assert trainer._by_trees
+        trainer._by_trees = by_trees
+        batch = build_batch([grow(make_mixed_conversations())], pad_token_id=0)
+        made.append(gradients(model, trainer.summed_loss(batch)))
+    for name, gradient in made[0].items():
+        torch.testing.assert_close(made[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_captions_of_one_picture_may_begin_with_their_answer(tiny_llava: Callable[..., Llava]) -> None:

@@ -126,7 +126,7 @@ def make_run(build: Callable[..., Llava]) -> Trainer:
 
 
 def make_step(number: int) -> GlobalStep:
-    batches = lay_out(grow(make_mixed_conversations(number)), Layout(40, 80, IMAGE_ID, 0))
+    batches = lay_out(grow(make_mixed_conversations(number)), Layout(40, 40, 80, IMAGE_ID, 0))
     return GlobalStep(number, 0.0, (), tuple(batches), 0)
 
 

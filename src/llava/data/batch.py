@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llava.data.packing import Tree
+from llava.model.tree_attention import TreeLayout
 from llava.prompt.processor import IGNORE_LABEL
 
 PADDING_TREE = -1
@@ -25,6 +26,7 @@ class Batch:
     branch_ids: (B, T), 0 in a tree's prefix, then 1, 2, ... for its branches.
     predictors: (A,) flat positions (row * T + t) whose hidden state predicts an answer token; targets: (A,) that token.
         The first token of a branch is predicted by its prefix's last token, every other one by its left neighbour.
+    layout: where prefixes and branches lie, for llava.model.tree_attention; says the same as the ids and the mask.
     pixel_values: (N, 3, H, W), pictures in reading order; image_sizes, tiles_per_image: one entry a picture.
     """
 
@@ -35,6 +37,7 @@ class Batch:
     branch_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    layout: TreeLayout
     pixel_values: Tensor | None
     image_sizes: tuple[tuple[int, int], ...]
     tiles_per_image: tuple[int, ...]
@@ -73,7 +76,7 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, layout=self.layout.to(device))
 
 
 def build_batch(rows: Sequence[Sequence[Tree]], *, pad_token_id: int, multiple: int = 8) -> Batch:
@@ -122,6 +125,7 @@ def build_batch(rows: Sequence[Sequence[Tree]], *, pad_token_id: int, multiple: 
         branch_ids=torch.from_numpy(branch_ids),
         predictors=torch.from_numpy(flat_predictors[supervised]),
         targets=torch.from_numpy(labels[supervised]),
+        layout=TreeLayout.from_ids(tree_ids, branch_ids),
         pixel_values=torch.from_numpy(np.concatenate(pixels)) if pixels else None,
         image_sizes=tuple(size for tree in trees for size in tree.image_sizes),
         tiles_per_image=tuple(count for tree in trees for count in tree.tiles_per_image),

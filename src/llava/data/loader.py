@@ -108,8 +108,13 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step's trees become rows and micro-batches. Changes no gradient, only memory and speed."""
+    """How a step's conversations become trees, rows and micro-batches. Changes no gradient, only memory and speed.
 
+    tree_tokens: the longest tree; row_tokens: the longest row. Attention through a mask costs the square of a row, so
+    rows should be short there; attention by trees does not care, and one long row has no padding.
+    """
+
+    tree_tokens: int
     row_tokens: int
     micro_batch_tokens: int
     image_token_id: int
@@ -161,7 +166,7 @@ class Loader:
             wanted += len(group)
             if encoded:
                 trees += grow_trees(
-                    encoded, image_token_id=self._layout.image_token_id, max_tokens=self._layout.row_tokens
+                    encoded, image_token_id=self._layout.image_token_id, max_tokens=self._layout.tree_tokens
                 )
         batches = tuple(lay_out(trees, self._layout))
         return GlobalStep(

@@ -22,6 +22,7 @@ from llava.errors import PromptError
 from llava.model.config import LlavaConfig
 from llava.model.merge import merge_tiles, new_newline
 from llava.model.projector import build_projector
+from llava.model.tree_attention import TreeLayout
 from llava.model.vision import build_tower, select_features
 
 
@@ -170,12 +171,14 @@ class Llava(nn.Module):
         past_key_values: Any = None,
         use_cache: bool = False,
         image_features: Tensor | None = None,
+        tree_layout: TreeLayout | None = None,
     ) -> Tensor:
         """Hidden states of the last layer after the final norm, (B, T, D); `logits` turns them into scores.
 
         input_ids, position_ids: (B, T). attention_mask: (B, S) with 1 at real tokens (S counts the cached ones too),
         or (B, 1, T, S) bool with True where a row's token may attend; rows whose positions restart need the latter.
         past_key_values: a transformers Cache, filled in place. image_features: (F, D), instead of pixel_values.
+        tree_layout: instead of the mask, once llava.model.tree_attention.enable_tree_attention said yes.
         """
         if use_cache and past_key_values is None:
             raise ValueError("use_cache=True needs a Cache in past_key_values: it is filled in place")
@@ -189,6 +192,7 @@ class Llava(nn.Module):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            tree_layout=tree_layout,
         )
 
     def decode(
@@ -199,15 +203,24 @@ class Llava(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool = False,
+        tree_layout: TreeLayout | None = None,
     ) -> Tensor:
         """The language model on embeddings (B, T, D); arguments and result as in `forward`."""
+        if tree_layout is not None:
+            # Who sees whom is in the layout. A mask of four dimensions, whatever its size, keeps transformers from
+            # making one of its own out of the restarted positions.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
         if position_ids is not None:
             refuse_unmasked_restarts(position_ids, attention_mask)
         config: Any = cast(Any, self.language_model).config
         mask: Tensor | Mapping[str, Tensor] | None = attention_mask
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = prepare_mask(attention_mask, position_ids, config, embeddings.dtype)
-        extra = {} if position_ids is None or config.model_type == "mpt" else {"position_ids": position_ids}
+        extra: dict[str, Any] = (
+            {} if position_ids is None or config.model_type == "mpt" else {"position_ids": position_ids}
+        )
+        if tree_layout is not None:
+            extra["tree_layout"] = tree_layout
         output = self.decoder(
             inputs_embeds=embeddings,
             attention_mask=mask,

@@ -14,6 +14,7 @@ from llava.data.loader import Layout, Loader, StepPlan
 from llava.data.sources import ConversationSet, read_conversations, resolve_image
 from llava.distributed import pick_device, pick_dtype, world_size
 from llava.errors import DataError, RecipeError, TrainingError
+from llava.model.tree_attention import enable_tree_attention
 from llava.prompt.processor import Processor
 from llava.train.loop import Trainer
 from llava.train.progress import RunInfo
@@ -154,8 +155,10 @@ def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet
     processor = loaded.processor if data.template is None else loaded.processor.with_template(data.template)
     encode = GroupEncoder(conversations, processor, max_tokens=data.max_tokens, drop_too_long=data.too_long == "drop")
     pad = processor.tokenizer.pad_token_id
+    by_trees = enable_tree_attention(loaded.model.language_model)
     layout = Layout(
-        row_tokens=data.row_tokens,
+        tree_tokens=data.row_tokens,
+        row_tokens=recipe.run.micro_batch_tokens if by_trees else data.row_tokens,
         micro_batch_tokens=recipe.run.micro_batch_tokens,
         image_token_id=processor.image_token_id,
         pad_token_id=0 if pad is None else pad,  # masked out; any id in the vocabulary does
