@@ -19,7 +19,7 @@ from llava.checkpoint.parts import open_language_model, open_tower
 from llava.checkpoint.processors import make_processor, open_tokenizer
 from llava.checkpoint.weights import Source, held
 from llava.distributed import pick_device, pick_dtype
-from llava.errors import CheckpointError, UnknownFormatError, UsageError
+from llava.errors import CheckpointError, UnknownFormatError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
 from llava.model.projector import build_projector, initialise_projector, scale_output
@@ -88,9 +88,7 @@ def load(
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower, merge_lora=merge_lora, template=template)
     where = pick_device(device)
     what = pick_dtype(where, dtype)
-    if load_in is not None:
-        raise UsageError(f"load_in {load_in!r}: not supported yet; load in bfloat16")
-    model, report = materialise(opened, device=where, dtype=what)
+    model, report = materialise(opened, device=where, dtype=what, load_in=load_in)
     return Loaded(model, opened.processor(), report)
 
 

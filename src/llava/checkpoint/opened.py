@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from llava.checkpoint.adapters import Adapter
 from llava.checkpoint.names import COMPUTED, Renaming, common_name
+from llava.checkpoint.quantised import LoadIn, import_bitsandbytes, pack_layer, packed_layers
 from llava.checkpoint.weights import Source
 from llava.errors import CheckpointError
 from llava.model.config import LlavaConfig
@@ -166,14 +168,21 @@ def _renamed_from(name: str, opened: Opened, expected: Mapping[str, Any]) -> str
     return f" (was it {opened.key_of(near[0])!r}?)" if near else ""
 
 
-def materialise(opened: Opened, *, device: torch.device, dtype: torch.dtype) -> tuple[Llava, LoadReport]:
+def materialise(
+    opened: Opened, *, device: torch.device, dtype: torch.dtype, load_in: LoadIn | None = None
+) -> tuple[Llava, LoadReport]:
     """The model with every tensor read, on `device` in `dtype` (floating ones), and the account of all of them.
 
+    load_in: pack the language model's linear layers to 4 or 8 bit as they arrive.
     Raises CheckpointError as `check_tensors` does, and when a stored output layer contradicts the tying.
     """
     model = empty_model(opened.config)
     check_tensors(opened, model)
     expected = expected_shapes(model)
+    packed = frozenset[str]()
+    if load_in is not None:
+        import_bitsandbytes(load_in)
+        packed = packed_layers(model)
     # .bin shards can only be opened whole: read each once
     order = sorted(expected, key=lambda name: (str(opened.tensors[name].file), name))
     for name in order:
@@ -181,7 +190,12 @@ def materialise(opened: Opened, *, device: torch.device, dtype: torch.dtype) -> 
         value = source.read()
         if tuple(value.shape) != source.shape:
             raise CheckpointError(f"{source.file}: {source.key!r} changed while it was read")
-        set_parameter(model, expected[name][0], value.to(device, dtype))
+        place = expected[name][0]
+        path, _, leaf = place.rpartition(".")
+        if load_in is not None and leaf == "weight" and path in packed:
+            pack_layer(model, path, value.to(dtype), load_in=load_in, device=device)
+        else:
+            set_parameter(model, place, value.to(device, dtype))
     tied = tied_names(model)
     if tied and HEAD in opened.tensors:
         _check_tied(opened)
@@ -195,7 +209,7 @@ def materialise(opened: Opened, *, device: torch.device, dtype: torch.dtype) -> 
         format=opened.format,
         folder=opened.folder,
         files=tuple(sorted({opened.tensors[name].file for name in expected})),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(prod(shape) for _, shape in expected.values()),
         tied=tied,
         new=tuple(name for name, source in opened.tensors.items() if source.key.startswith("new:")),
         ignored=opened.ignored,
