@@ -88,8 +88,10 @@ def _normed_product(scale: Tensor, modules: Sequence[nn.Module], eps: float, joi
     # x / sqrt(mean(x^2) + eps) * scale = x / hypot(|x|, sqrt(D * eps)) * (sqrt(D) * scale): three kernels for six, and
     # the last factor goes into the weights. Exact to float32's last digits only, so float32 only.
     floor = torch.tensor(math.sqrt(width * eps), device=weight.device)
-    folded = weight * (scale * math.sqrt(width))
-    return partial(_divide_by_norm, floor=floor), partial(F.linear, weight=folded, bias=bias)
+    # Stored (in, out): a product with one row reads it a fifth faster than the (out, in) of nn.Linear.
+    folded = (weight * (scale * math.sqrt(width))).t().contiguous()
+    product = partial(torch.mm, mat2=folded) if bias is None else partial(torch.addmm, bias, mat2=folded)
+    return partial(_divide_by_norm, floor=floor), product
 
 
 def _divide_by_norm(x: Tensor, floor: Tensor) -> Tensor:
