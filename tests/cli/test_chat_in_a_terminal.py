@@ -31,17 +31,19 @@ class Terminal:
         )
         os.close(slave)
         self.shown = ""
+        self._seen = 0
 
     def send(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
     def wait_for(self, pattern: str, *, timeout_seconds: float = 90) -> None:
         """Read until the pattern is shown after what was waited for before."""
-        begin, deadline = len(self.shown), time.monotonic() + timeout_seconds
-        while not re.search(pattern, self.shown[begin:]):
+        deadline = time.monotonic() + timeout_seconds
+        while (found := re.search(pattern, self.shown[self._seen :])) is None:
             assert time.monotonic() < deadline, self.shown
             if select.select([self._master], [], [], 0.1)[0]:
                 self.shown += os.read(self._master, 65536).decode(errors="replace")
+        self._seen += found.end()
 
 
 def _take_terminal() -> None:
@@ -66,6 +68,8 @@ def test_ctrl_c_stops_a_long_answer_and_the_talk_goes_on(tmp_path: Path) -> None
         terminal.wait_for("> ", timeout_seconds=10)
         terminal.send("/undo\r")
         terminal.wait_for("took back: Hello")
+        terminal.wait_for("> ")
+        time.sleep(1)  # the line editor has the keys only a moment after its prompt is shown
         terminal.send("\x04")
         assert terminal.process.wait(timeout=30) == 0
     finally:
