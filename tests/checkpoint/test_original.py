@@ -247,6 +247,29 @@ def test_each_damaged_key_is_an_error_that_names_key_file_and_shape(tmp_path: Pa
             assert name in message, (damage, name, message)
 
 
+def test_each_damaged_key_of_a_sharded_bin_checkpoint_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "a_v1_5_full" / "llava-v1.5-tiny", folder)
+    empty = empty_model(open_checkpoint(folder).config)
+    for shard in sorted(folder.glob("*.bin")):
+        state = torch.load(shard, weights_only=True)
+        for name in state:
+            for damage in ("dropped", "renamed", "reshaped"):
+                damaged = dict(state)
+                value = damaged.pop(name)
+                if damage == "renamed":
+                    damaged["x" + name] = value
+                if damage == "reshaped":
+                    damaged[name] = value.new_zeros((*value.shape, 2))
+                torch.save(damaged, shard)
+                with pytest.raises(CheckpointError) as caught:
+                    check_tensors(open_checkpoint(folder), empty)
+                message = str(caught.value)
+                assert ".bin" in message and str(list(value.shape)) in message, (damage, name, message)
+                assert name in message, (damage, name, message)
+        torch.save(state, shard)
+
+
 def damaged_copy(tmp_path: Path) -> Path:
     folder = tmp_path / "damaged"
     shutil.copytree(GOLDEN / "c_v1_6_anyres" / "llava-v1.6-vicuna-tiny", folder)

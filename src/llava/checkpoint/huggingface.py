@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name
+from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name, refuse_strangers
 from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.processors import choose_template, make_processor, open_tokenizer, picture_settings
 from llava.checkpoint.weights import Source, held, read_folder, write_safetensors, write_text
@@ -175,13 +175,10 @@ def fill(
 
 def read_tensors(folder: Path) -> dict[str, Source]:
     """Every tensor of a folder of this layout under its common name. Raises CheckpointError for a stranger's key."""
-    tensors, unknown = HUGGINGFACE.rename_all(read_folder(folder))
-    strangers = [name for name in unknown if not COMPUTED.search(name)]
-    if strangers:
-        raise CheckpointError(
-            f"{folder}: unexpected key {strangers[0]!r} ({len(strangers)} in all); not a LLaVA's name"
-        )
-    return tensors
+    raw = read_folder(folder)
+    tensors, unknown = HUGGINGFACE.rename_all(raw)
+    refuse_strangers(raw, unknown, "a Hugging Face LLaVA")
+    return {name: source for name, source in tensors.items() if not COMPUTED.search(name)}
 
 
 def with_processor(config: LlavaConfig, processor: Processor) -> LlavaConfig:

@@ -128,9 +128,15 @@ NOT_OF_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "lo
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids|attn\.attn_bias|masked_bias)$")
 
 
-def without_computed(names: Iterable[str]) -> list[str]:
-    """The names that stand for learnt tensors."""
-    return [name for name in names if not COMPUTED.search(name)]
+def refuse_strangers(raw: Mapping[str, Any], unknown: Iterable[str], what: str) -> None:
+    """Raise CheckpointError for the first unknown key that is not a computed table. raw: sources by key."""
+    strangers = [name for name in unknown if not COMPUTED.search(name)]
+    if strangers:
+        source = raw[strangers[0]]
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise CheckpointError(
+            f"{source.file}: unexpected key {strangers[0]!r} of shape {list(source.shape)}{more}; no name of {what}"
+        )
 
 
 def common_name(name: str, model: Any) -> str:

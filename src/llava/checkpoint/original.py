@@ -18,7 +18,7 @@ import torch
 
 from llava.checkpoint import huggingface
 from llava.checkpoint.adapters import is_adapter, merged, read_adapter
-from llava.checkpoint.names import COMPUTED, ORIGINAL, ORIGINAL_MPT, Renaming
+from llava.checkpoint.names import COMPUTED, ORIGINAL, ORIGINAL_MPT, Renaming, refuse_strangers
 from llava.checkpoint.opened import HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.original_settings import language_part, language_type, settings
 from llava.checkpoint.parts import embedding_name, language_config, open_language_model, open_tower, read_language_model
@@ -89,7 +89,7 @@ def read_full(
     kind = language_type(data, folder)
     text_config = language_config({**language_part(data), "model_type": kind}, folder)
     raw = read_language_model(read_folder(folder) if raw is None else raw, kind, data, folder)
-    tensors, ignored = _renamed(raw, kind, folder)
+    tensors, ignored = _renamed(raw, kind)
     because = f"config.json: model_type {data.get('model_type')!r}"
     parts = _Parts(
         text_config, tensors, tokenizer_folder or folder, ignored, (Decision("language model", kind, because),)
@@ -111,9 +111,9 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
     parts.tensors.update(extra.tensors)
     adapter = None
     if kind == "lora":
-        adapter = replace(read_adapter(folder), rename=_adapted_name)
+        adapter = replace(read_adapter(folder), rename=naming(parts.text_config["model_type"]).rename)
         if options.merge_lora:
-            parts = replace(parts, tensors=merged(parts.tensors, adapter, _adapted_name))
+            parts = replace(parts, tensors=merged(parts.tensors, adapter, adapter.rename))
     because = f"{kind} files" if kind == "lora" else PROJECTOR_FILE
     decisions = (*parts.decisions, Decision("weights", f"{what} on {options.base}", because))
     parts = replace(parts, decisions=decisions, adapter=None if options.merge_lora else adapter)
@@ -135,7 +135,7 @@ def read_base(base: Path) -> _Parts:
     elif detect(base, data):
         kind = language_type(data, base)
         text_config = language_config({**language_part(data), "model_type": kind}, base)
-        tensors, ignored = _renamed(read_language_model(read_folder(base), kind, data, base), kind, base)
+        tensors, ignored = _renamed(read_language_model(read_folder(base), kind, data, base), kind)
     else:
         kind = str(data.get("model_type"))
         text_config, tensors = open_language_model(base, data)
@@ -147,15 +147,10 @@ def naming(kind: str) -> Renaming:
     return ORIGINAL_MPT if kind == "mpt" else ORIGINAL
 
 
-def _renamed(raw: Mapping[str, Source], kind: str, folder: Path) -> tuple[dict[str, Source], dict[str, str]]:
+def _renamed(raw: Mapping[str, Source], kind: str) -> tuple[dict[str, Source], dict[str, str]]:
     tensors, unknown = naming(kind).rename_all(raw)
     ignored = {name: "computed, not learnt" for name in raw if COMPUTED.search(name)}
-    strangers = [name for name in unknown if name not in ignored]
-    if strangers:
-        source = raw[strangers[0]]
-        raise CheckpointError(
-            f"{source.file}: unexpected key {strangers[0]!r} of shape {list(source.shape)}; no {kind} LLaVA has it"
-        )
+    refuse_strangers(raw, unknown, f"a {kind} LLaVA")
     return {name: source for name, source in tensors.items() if not COMPUTED.search(name)}, ignored
 
 
@@ -209,11 +204,6 @@ def _split_extra(raw: Mapping[str, Source], path: Path) -> _Extra:
             raise CheckpointError(f"{path}: unexpected key {key!r} of shape {list(source.shape)}")
         out[common] = source
     return _Extra(out, embedding)
-
-
-def _adapted_name(module_weight: str) -> str | None:
-    """The common name of the weight that an adapter's module stands for."""
-    return ORIGINAL.rename(module_weight)
 
 
 def _on_delta_base(folder: Path, parts: _Parts, base: Path) -> _Parts:

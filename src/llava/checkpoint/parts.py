@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.checkpoint import internlm2
-from llava.checkpoint.names import COMPUTED, LANGUAGE_MODEL, NOT_OF_THE_TOWER, TOWER
+from llava.checkpoint.names import COMPUTED, LANGUAGE_MODEL, NOT_OF_THE_TOWER, TOWER, refuse_strangers
 from llava.checkpoint.opened import EMBEDDINGS, HEAD
 from llava.checkpoint.weights import Source, read_folder
 from llava.errors import CheckpointError
@@ -32,9 +32,7 @@ def open_language_model(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str
     config = language_config(data, folder)
     raw = read_language_model(read_folder(folder), str(data["model_type"]), data, folder)
     tensors, unknown = LANGUAGE_MODEL.rename_all(raw)
-    strangers = [name for name in unknown if not COMPUTED.search(name)]
-    if strangers:
-        raise CheckpointError(f"{folder}: unexpected key {strangers[0]!r}; not a causal language model's name")
+    refuse_strangers(raw, unknown, "a causal language model")
     learnt = {name: source for name, source in tensors.items() if not COMPUTED.search(name)}
     if HEAD not in learnt and not config.get("tie_word_embeddings"):
         raise CheckpointError(
@@ -74,10 +72,9 @@ def open_tower(folder: Path, data: Mapping[str, Any]) -> tuple[dict[str, Any], d
         raise CheckpointError(f"{folder}: vision tower of model_type {kind!r}; known: {known}")
     values = data.get("vision_config", data) if kind in ("clip", "siglip") else data
     vision = {**values, "model_type": TOWER_TYPES[kind]}
-    tensors, unknown = TOWER.rename_all(read_folder(folder))
-    strangers = [name for name in unknown if not name.startswith(NOT_OF_THE_TOWER) and not COMPUTED.search(name)]
-    if strangers:
-        raise CheckpointError(f"{folder}: unexpected key {strangers[0]!r}; not a vision tower's name")
+    raw = read_folder(folder)
+    tensors, unknown = TOWER.rename_all(raw)
+    refuse_strangers(raw, [name for name in unknown if not name.startswith(NOT_OF_THE_TOWER)], "a vision tower")
     learnt = {name: source for name, source in tensors.items() if not COMPUTED.search(name)}
     if kind.startswith("siglip"):
         vision["vision_use_head"] = any(name.startswith("vision_tower.vision_model.head.") for name in learnt)

@@ -113,13 +113,17 @@ def _read_index(path: Path) -> dict[str, Source]:
     for key, shard in listed.items():
         if key not in shards[shard]:
             elsewhere = [name for name, tensors in shards.items() if key in tensors]
-            where = f"it is in {elsewhere[0]}: the shards were swapped or renamed" if elsewhere else "no shard holds it"
-            raise CheckpointError(f"{path.parent / shard}: no key {key!r}, which {path.name} says is there; {where}")
+            if elsewhere:
+                raise CheckpointError(
+                    f"{path.parent / shard}: no key {key!r}, which {path.name} says is there; it is in {elsewhere[0]}: "
+                    "the shards were swapped or renamed"
+                )
+            # in no shard: the account of all tensors names it, with the shape that it should have
     out: dict[str, Source] = {}
     for shard, tensors in shards.items():
         for key, source in tensors.items():
-            if listed.get(key) != shard:
-                raise CheckpointError(f"{path.parent / shard}: holds {key!r}, which {path.name} does not list there")
+            if key in out:
+                raise CheckpointError(f"{path.parent / shard}: {key!r} is in {out[key].file.name} too; remove one")
             out[key] = source
     return out
 
