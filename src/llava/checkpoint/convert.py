@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from llava.checkpoint import huggingface, original_writing
+from llava.checkpoint import huggingface, original_writing, xtuner
 from llava.checkpoint.delta import make_delta
 from llava.checkpoint.load import find_folder, open_checkpoint
 from llava.checkpoint.opened import HEAD, Opened, check_tensors, empty_model
@@ -92,7 +92,7 @@ def convert(
     elif to == "original":
         job = _to_original(opened, place, chosen, max_shard_bytes)
     else:
-        job = _to_xtuner(opened, place, chosen)
+        job = _to_xtuner(opened, place, chosen, max_shard_bytes)
     return _run(opened, place, to, job, chosen, begin)
 
 
@@ -152,8 +152,26 @@ def _to_original(opened: Opened, place: Path, dtype: torch.dtype | None, max_sha
     return _Job(write, reopen, expected)
 
 
-def _to_xtuner(opened: Opened, place: Path, dtype: torch.dtype | None) -> _Job:
-    raise UsageError("--to xtuner: not supported yet; XTuner opens the original's layout too: --to original")
+def _to_xtuner(opened: Opened, place: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> _Job:
+    processor = opened.processor()
+
+    def write(temporary: Path, advance: Advance | None) -> None:
+        xtuner.write_model(
+            temporary,
+            opened.config,
+            opened.tensors,
+            processor,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            advance=advance,
+        )
+
+    def reopen(temporary: Path) -> Mapping[str, Source]:
+        return open_checkpoint(temporary).tensors
+
+    tied = opened.config.text_config.get("tie_word_embeddings")
+    expected = {name: source for name, source in opened.tensors.items() if not (tied and name == HEAD)}
+    return _Job(write, reopen, expected)
 
 
 def _to_gguf(opened: Opened, place: Path, number_format: str, begin: Begin | None) -> ConvertReport:

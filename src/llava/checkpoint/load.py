@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llava.checkpoint import huggingface, original, paddle
+from llava.checkpoint import huggingface, mmpretrain, original, paddle, xtuner
 from llava.checkpoint.opened import LoadReport, Opened, OpenOptions, materialise
 from llava.checkpoint.parts import open_language_model, open_tower
 from llava.checkpoint.processors import make_processor, open_tokenizer
@@ -54,6 +54,9 @@ FORMATS: dict[str, Format] = {
         huggingface.read,
         "config.json with model_type llava, llava_next or llava_onevision and a text_config",
     ),
+    "xtuner": Format(
+        xtuner.detect, xtuner.read, "projector/config.json with model_type projector, beside XTuner's trained parts"
+    ),
     "paddlemix": Format(
         paddle.detect, paddle.read, "config.json with mm_vision_tower beside model_state.pdparams, PaddleMIX's"
     ),
@@ -62,6 +65,7 @@ FORMATS: dict[str, Format] = {
         original.read,
         "config.json with mm_vision_tower, beside model weights, mm_projector.bin or a LoRA adapter",
     ),
+    "mmpretrain": Format(mmpretrain.detect, mmpretrain.read, "a .pth with keys model.lang_encoder.*, MMPretrain's"),
 }
 
 
@@ -131,7 +135,17 @@ def find_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+    wanted = [
+        "*.json",
+        "*.safetensors",
+        "*.bin",
+        "*.pdparams",
+        "*.pth",
+        "*.model",
+        "*.txt",
+        "*.jinja",
+        "xtuner_config.py",
+    ]
     try:
         return Path(snapshot_download(text, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
