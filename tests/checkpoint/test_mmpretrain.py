@@ -17,6 +17,8 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoints"
 ORIGINAL = GOLDEN / "a_v1_5_full" / "llava-v1.5-tiny"
 TOWER = GOLDEN / "bases" / "openai" / "clip-tiny-patch14-56"
 
+EXAMPLE_OPTIONS = {"base": ORIGINAL}  # for the table of formats
+
 
 @pytest.fixture(autouse=True)
 def _in_bases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +66,11 @@ def write(folder: Path, *files: dict[str, Any]) -> Path:
     for number, state in enumerate(files):
         torch.save(state, folder / f"part_{number}.pth")
     return folder
+
+
+def write_example(folder: Path) -> Path:
+    """A whole checkpoint, for the table of formats."""
+    return write(folder, language_state(), tower_state())
 
 
 def test_a_pth_is_the_original_it_was_made_from(tmp_path: Path) -> None:
