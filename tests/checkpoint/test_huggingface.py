@@ -266,3 +266,9 @@ def test_llava_onevision_opens_for_pictures_with_the_same_logits(size: tuple[int
         theirs = stock(input_ids=row, pixel_values=pixels[None], image_sizes=torch.tensor([size])).logits
         found = ours.logits(ours(row, pixel_values=pixels, image_sizes=[size], tiles_per_image=[tiles]))
     assert (found - theirs).abs().max() < 1e-5
+    huggingface.save(ours, NoProcessor(), tmp_path / "again")  # type: ignore[arg-type]
+    again, info = type(stock).from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert {key: value for key, value in info.items() if value} == {}
+    with torch.no_grad():
+        expected = again.eval()(input_ids=row, pixel_values=pixels[None], image_sizes=torch.tensor([size])).logits
+    assert (expected - theirs).abs().max() < 1e-5

@@ -20,6 +20,11 @@ FeatureSelect = Literal["patch", "cls_patch", "skip_first"]
 
 # Towers whose first token is a class token, not a patch. SigLIP has none.
 TOWERS_WITH_CLS = ("clip_vision_model", "clip")
+STOCK_CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
 PROJECTOR_PATTERN = re.compile(r"linear|identity|mlp([1-9]\d*)x_gelu")
 
 
@@ -126,9 +131,11 @@ class LlavaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json: stock keys plus the `llava` block."""
         anyres = self.image_mode == "anyres"
+        # only OneVision's class interpolates the excess of many tiles away
+        model_type = "llava" if not anyres else "llava_next" if self.anyres_max is None else "llava_onevision"
         out: dict[str, Any] = {
-            "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
-            "model_type": "llava_next" if anyres else "llava",
+            "architectures": [STOCK_CLASSES[model_type]],
+            "model_type": model_type,
             "image_token_index": self.image_token_id,
             "image_seq_length": self.features_per_tile,
             "projector_hidden_act": "gelu" if self.projector.startswith("mlp") else "linear",
@@ -141,6 +148,8 @@ class LlavaConfig:
         }
         if anyres:
             out["image_grid_pinpoints"] = [list(point) for point in self.image_grid_pinpoints]
+        if model_type == "llava_onevision":
+            out["vision_aspect_ratio"] = f"anyres_max_{self.anyres_max}"
         out["llava"] = {
             **self.extra,
             "format": 1,
