@@ -217,8 +217,27 @@ def test_transformers_opens_each_written_part(tmp_path: Path, monkeypatch: pytes
             assert torch.equal(value, tensors[common].read().half()), name
 
 
-def test_a_model_with_tiles_is_refused_for_xtuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("c_v1_6_anyres/llava-v1.6-vicuna-tiny", "no pictures in tiles"),
+        ("b_v1_linear_startend/llava-v1-tiny", "no tokens around a picture"),
+    ],
+)
+def test_what_xtuner_has_no_place_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
     monkeypatch.chdir(GOLDEN / "bases")
-    with pytest.raises(CheckpointError, match="no pictures in tiles"):
-        convert(GOLDEN / "c_v1_6_anyres" / "llava-v1.6-vicuna-tiny", tmp_path / "out", to="xtuner")
+    with pytest.raises(CheckpointError, match=message):
+        convert(GOLDEN / name, tmp_path / "out", to="xtuner")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_mpt_is_written_under_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(GOLDEN / "bases")
+    convert(GOLDEN / "g_mpt" / "llava-mpt-tiny", tmp_path / "out", to="xtuner")
+    expected = open_checkpoint(tmp_path / "out").tensors["language_model.model.wte.weight"].read()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    assert torch.equal(model.transformer.wte.weight, expected)

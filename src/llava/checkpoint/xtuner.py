@@ -281,10 +281,13 @@ def write_model(
     tower: dict[str, Source] = {}
     projector: dict[str, Source] = {}
     tied = config.text_config.get("tie_word_embeddings")
+    is_mpt = config.text_config["model_type"] == "mpt"
     for name, source in tensors.items():
         for table, part in ((PROJECTOR_NAMES, projector), (TOWER, tower), (LANGUAGE_MODEL, language)):
             restored = table.restore(name)
             if restored is not None:
+                if is_mpt and part is language:
+                    restored = restored.replace("model.", "transformer.", 1)
                 if not (tied and name == HEAD):
                     part[restored] = source
                 break
@@ -324,11 +327,13 @@ def _refuse_what_xtuner_lacks(config: LlavaConfig) -> None:
     if config.image_mode == "anyres":
         problem = "pictures in tiles"
     elif config.vision_config["model_type"] != "clip_vision_model":
-        problem = f"a tower of type {config.vision_config['model_type']!r}"
+        problem = f"tower of type {config.vision_config['model_type']!r}"
     elif not isinstance(config.vision_feature_layer, int) or config.vision_feature_select != "patch":
         problem = "features of several layers, or with the class token"
     elif config.projector == "identity":
-        problem = "an identity projector"
+        problem = "identity projector"
+    elif config.image_start_end:
+        problem = "tokens around a picture (<im_start>, <im_end>)"
     if problem is not None:
         raise CheckpointError(f"XTuner's LLaVA has no {problem}; convert with --to hf instead")
 
