@@ -1,6 +1,6 @@
 """The README's table of checkpoint formats, from what happens when each is opened and converted.
 
-`python tests/checkpoint/formats_table.py` measures it again and writes it into README.md; a test holds the two equal.
+`python -m tests.checkpoint.formats_table` measures it again and writes it into README.md; a test holds the two equal.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_mmpretrain
 import test_paddle
 import test_xtuner
-from test_huggingface import VISION, stock_model
 
 from llava.checkpoint.convert import convert
 from llava.checkpoint.load import open_checkpoint
 from llava.checkpoint.opened import check_tensors, empty_model
 from llava.errors import LlavaError
+from tests.checkpoint.test_huggingface import VISION, stock_model
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "checkpoints"
 BASES = GOLDEN / "bases"
-BEGIN, END = "<!-- formats-table: python tests/checkpoint/formats_table.py -->", "<!-- /formats-table -->"
+BEGIN, END = "<!-- formats-table: python -m tests.checkpoint.formats_table -->", "<!-- /formats-table -->"
 TARGETS = ("hf", "original", "xtuner", "gguf")
 
 

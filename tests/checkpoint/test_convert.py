@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_original import CASES, GOLDEN, check_against_recording, load_case
 
 import llava
 from llava.checkpoint import convert as conversion
@@ -22,6 +21,7 @@ from llava.checkpoint.load import open_checkpoint
 from llava.checkpoint.weights import read_folder
 from llava.errors import CheckpointError, UsageError
 from llava.model.config import LlavaConfig
+from tests.checkpoint.test_original import CASES, GOLDEN, check_against_recording, load_case
 
 REACHED = {case: values for case, values in CASES.items() if case != "an unmerged LoRA on a base"}
 

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("gguf", reason="the table has a GGUF column: pip install 'llava[export]'")
 
-from formats_table import in_readme, measure
+from tests.checkpoint.formats_table import in_readme, measure
 
 
 def test_the_readmes_table_of_formats_is_what_opening_and_converting_gives() -> None:
-    assert in_readme() == measure(), "measure it again: python tests/checkpoint/formats_table.py"
+    assert in_readme() == measure(), "measure it again: python -m tests.checkpoint.formats_table"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+
 from tests.cli.tiny_model import write_model
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.tiny_model import IMAGE_TOKEN_ID, NUM_FEATURES
 from transformers import LlavaForConditionalGeneration
 
 from llava.cli.main import main
+from tests.cli.tiny_model import IMAGE_TOKEN_ID, NUM_FEATURES
 
 FIXED = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", "12"]
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.inference.models import Seeing, prompt, random_ids, tiny_llama, tiny_mistral, tiny_qwen2
 
 from llava.inference.decoder import PlainDecoder
 from llava.inference.engine import Engine, Request
 from llava.inference.lean import LeanDecoder, choose_decoder
 from llava.inference.sampling import SamplingParams
+from tests.inference.models import Seeing, prompt, random_ids, tiny_llama, tiny_mistral, tiny_qwen2
 
 MODELS: dict[str, Any] = {
     "llama": lambda: tiny_llama(),

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.inference.models import Seeing, prompt, random_ids, tiny_llama
 from torch import Tensor
 
 from llava.errors import ContextLengthError, EngineError, OutOfMemoryError
 from llava.inference.decoder import Group
 from llava.inference.engine import Engine, EngineLimits, Request
 from llava.inference.sampling import SamplingParams
+from tests.inference.models import Seeing, prompt, random_ids, tiny_llama
 
 
 class Counter:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_llava import tiny_model
 
 from llava.errors import UsageError
 from llava.model.llava import Llava
 from llava.model.lora import adapter_state, attach_lora, is_adapted, lora_layers, merge_lora, merged_parameters
+from tests.model.test_llava import tiny_model
 
 
 def adapted_model() -> Llava:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from prompt_recordings import read
 
 from llava.errors import CheckpointError
 from llava.prompt.images import ImageSettings, preprocess
 from llava.prompt.tiling import parse_pinpoints
+from tests.prompt.prompt_recordings import read
 
 RECORDED = read("images.json")
 TINY = parse_pinpoints(RECORDED["tiny_pinpoints"], tile_size=56)

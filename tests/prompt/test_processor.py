@@ -10,13 +10,13 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompt_recordings import llama_like, open_tokenizer
 
 from llava.errors import CheckpointError, ContextLengthError, ImageError, PromptError
 from llava.prompt.conversation import Conversation, Image, Message, Text
 from llava.prompt.images import ImageSettings
 from llava.prompt.processor import IGNORE_LABEL, Encoded, Processor
 from llava.prompt.templates import TEMPLATES
+from tests.prompt.prompt_recordings import llama_like, open_tokenizer
 
 PAD = ImageSettings(mode="pad", size=56, patches_per_side=4, tokens_per_tile=16)
 ANYRES = replace(PAD, mode="anyres", pinpoints=((56, 112), (112, 56), (112, 112)), merge="spatial_unpad")

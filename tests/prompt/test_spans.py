@@ -4,7 +4,13 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-from prompt_recordings import (
+
+from llava.errors import PromptError
+from llava.prompt.chat_template import Segment
+from llava.prompt.conversation import Conversation, Image, Message, Text
+from llava.prompt.spans import IMAGE_SLOT, Tokens, tokenize
+from llava.prompt.templates import TEMPLATES
+from tests.prompt.prompt_recordings import (
     GOLDEN,
     TEMPLATE_OF_VERSION,
     conversation_of,
@@ -14,12 +20,6 @@ from prompt_recordings import (
     training_file,
     training_files,
 )
-
-from llava.errors import PromptError
-from llava.prompt.chat_template import Segment
-from llava.prompt.conversation import Conversation, Image, Message, Text
-from llava.prompt.spans import IMAGE_SLOT, Tokens, tokenize
-from llava.prompt.templates import TEMPLATES
 
 IGNORE = -100
 # Every class of difference: why ours is right is said in docs/differences.md under the same name.

@@ -1,12 +1,12 @@
 """Rendered texts against the original's 16 templates, XTuner's strings, and what a template refuses."""
 
 import pytest
-from prompt_recordings import read
 
 from llava.errors import PromptError
 from llava.prompt.chat_template import render_text
 from llava.prompt.conversation import Conversation, Image, Message, Text
 from llava.prompt.templates import TEMPLATES, get_template
+from tests.prompt.prompt_recordings import read
 
 RECORDED = read("conversations.json")
 QUESTION, ANSWER, NEXT = RECORDED["dialogue"]

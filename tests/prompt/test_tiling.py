@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompt_recordings import read
 
 from llava.errors import PromptError
 from llava.prompt.images import ImageSettings
@@ -16,6 +15,7 @@ from llava.prompt.tiling import (
     shrink_grid,
     unpad_box,
 )
+from tests.prompt.prompt_recordings import read
 
 RECORDED = read("images.json")
 REAL = parse_pinpoints(RECORDED["real_pinpoints"], tile_size=336)

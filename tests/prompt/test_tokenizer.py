@@ -9,10 +9,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prompt_recordings import GOLDEN, llama_like, open_tokenizer, read
 
 from llava.errors import CheckpointError, PromptError
 from llava.prompt.tokenizer import Tokenizer, load_tokenizer
+from tests.prompt.prompt_recordings import GOLDEN, llama_like, open_tokenizer, read
 
 RECORDED = read("h_text/raw_tokenize.json")
 MARKS = ("<im_start>", "<im_end>")

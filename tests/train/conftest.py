@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import pytest
-from tiny_training import build_tiny_llava
 
 from llava.model.llava import Llava
+from tests.train.tiny_training import build_tiny_llava
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_training import IMAGE_ID, grow, make_conversation, make_mixed_conversations
 
 from llava.data.batch import Batch
 from llava.data.loader import GlobalStep, Layout, lay_out
@@ -16,6 +15,7 @@ from llava.model.llava import Llava
 from llava.train.loop import Trainer
 from llava.train.recipe import OptimSection, TuneSection
 from llava.train.stages import apply_stage
+from tests.train.tiny_training import IMAGE_ID, grow, make_conversation, make_mixed_conversations
 
 
 def make_step(number: int = 0, *, micro_batch_tokens: int = 10_000, seed: int = 0) -> GlobalStep:

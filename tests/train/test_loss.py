@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tiny_training import IMAGE_ID, grow, make_conversation, make_mixed_conversations, separately
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,6 +16,7 @@ from llava.model.llava import Llava
 from llava.prompt.processor import IGNORE_LABEL, Encoded
 from llava.train.loop import Trainer
 from llava.train.recipe import OptimSection
+from tests.train.tiny_training import IMAGE_ID, grow, make_conversation, make_mixed_conversations, separately
 
 
 def make_trainer(model: Llava, dtype: torch.dtype = torch.float64) -> Trainer:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_training import write_tiny_bases
 
 from llava.checkpoint.load import load
 from llava.errors import DataError, LlavaError, RecipeError, TrainingError
@@ -21,6 +20,7 @@ from llava.train.prepare import prepare_run
 from llava.train.progress import RunInfo, Sample, Watcher
 from llava.train.recipe import Recipe, load_recipe
 from llava.train.run import RunStoppedError, run_recipe
+from tests.train.tiny_training import write_tiny_bases
 
 COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220)}
 

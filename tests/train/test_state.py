@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import IMAGE_ID, grow, make_mixed_conversations
 
 import llava.train.state as state_module
 from llava.data.loader import GlobalStep, Layout, lay_out
@@ -17,6 +16,7 @@ from llava.train.loop import Trainer
 from llava.train.recipe import OptimSection, TuneSection
 from llava.train.stages import apply_stage
 from llava.train.state import collect_tensors, list_checkpoints, load_newest, restore_tensors, save_state
+from tests.train.tiny_training import IMAGE_ID, grow, make_mixed_conversations
 
 CPU = torch.device("cpu")
 
