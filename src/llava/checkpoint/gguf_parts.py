@@ -222,11 +222,11 @@ def plan_mmproj(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    class_token: ClassToken = "first",
+    class_token: ClassToken,
 ) -> Part:
     """Keys and tensors of tower and projector. mean, std: a picture's normalisation, (3,) each, for pixels 0 to 1.
 
-    class_token: where llama.cpp puts a CLIP tower's class token, see `write_gguf`.
+    class_token: where llama.cpp puts a CLIP tower's class token, see `plan_gguf`.
 
     Raises CheckpointError for what clip.cpp cannot hold: other towers than CLIP and SigLIP, kept class tokens,
     projectors of three layers or more, the identity.
@@ -272,6 +272,8 @@ def plan_mmproj(
         keys["clip.vision.image_grid_pinpoints"] = [n for h, w in config.image_grid_pinpoints for n in (w, h)]
         keys["clip.vision.mm_patch_merge_type"] = config.merge_type
     positions = -1 if config.tower_has_cls and class_token == "last" else 0
+    if config.tower_has_cls:
+        keys["llava.class_token"] = class_token  # nobody reads it; it tells files apart
     swapped = int(vision["intermediate_size"]) == int(vision["hidden_size"])
     planned = [
         tensor
@@ -282,7 +284,7 @@ def plan_mmproj(
     planned += _plan_projector(tensors, config, layers)
     if "image_newline" in tensors:
         planned.append(_planned("v.image_newline", tensors["image_newline"]))
-    return Part("clip", keys, tuple(planned), _picture_notes(config))
+    return Part("clip", keys, tuple(planned), _picture_notes(config, class_token))
 
 
 def _feature_layers(config: LlavaConfig) -> tuple[int, ...]:
@@ -361,8 +363,14 @@ def _plan_projector(tensors: Mapping[str, Source], config: LlavaConfig, layers: 
     ]
 
 
-def _picture_notes(config: LlavaConfig) -> tuple[str, ...]:
+def _picture_notes(config: LlavaConfig, class_token: ClassToken) -> tuple[str, ...]:
     notes = []
+    if config.tower_has_cls:
+        builds = {"last": "builds with that defect", "first": "builds without it (before May 2025, or mended)"}
+        notes.append(
+            "llama.cpp misplaces a CLIP tower's class token (its issue 25814): some answers differ from ours; these "
+            f"files are for {builds[class_token]}"
+        )
     if config.image_mode in ("crop", "squash"):
         notes.append(f"llama.cpp pads pictures to a square; this model was made for image mode {config.image_mode!r}")
     if config.image_mode == "anyres" and config.merge_type != "flat":
