@@ -1,6 +1,6 @@
 """How long `llava --help` and `import llava` take as whole processes, against an empty Python, run in turn.
 
-    python benchmarks/help.py
+python benchmarks/help.py
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import record
-
 from llava.quickstart.run import QuickstartSettings, run_quickstart
+from record import record
 
 
 def main() -> None:
