@@ -35,7 +35,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 import llava
 from llava.errors import CheckpointError
-from llava.quickstart.gates import LANGUAGE_GATES, TOWER_GATES, measure_bases
+from llava.quickstart.gates import LANGUAGE_GATES, TOWER_GATES, list_short_gates, measure_bases
 from llava.quickstart.language_pretraining import (
     LanguageState,
     averaged_model,
@@ -151,6 +151,7 @@ def finish_bases(out_dir: Path, *, seed: int, settings: RebuildSettings, device:
         "seed": seed,
         "settings": asdict(settings),
         "gates": gates,
+        "short": list_short_gates(gates),
         "wanted": {"vision_tower": TOWER_GATES, "language_model": LANGUAGE_GATES},
         "vision_feature_layer": VISION_FEATURE_LAYER,
         "parameters": {"vision_tower": _count(tower), "language_model": _count(language)},

@@ -31,12 +31,13 @@ from llava.quickstart.scene_text import GRID, NUM_GRID_FEATURES, Row, RowWriter
 
 Report = Callable[[int, int, dict[str, float]], None]
 SAVE_EVERY = 250  # steps
+LATE_SHARE = 0.35  # of the question steps, before most turns go to the kinds that are learnt last
 _MIXES = (
     # from which share of the question steps on: how often each form of context is drawn
     (0.0, {"names": 0.5, "places": 0.2, "boxes": 0.3}),
     (0.08, {"names": 0.25, "places": 0.25, "boxes": 0.45, "bare_boxes": 0.05}),
     (0.3, {"names": 0.15, "places": 0.15, "boxes": 0.45, "bare_boxes": 0.05, "grid": 0.2}),
-    (0.6, {"names": 0.1, "places": 0.1, "boxes": 0.4, "bare_boxes": 0.1, "grid": 0.3}),
+    (0.5, {"names": 0.15, "places": 0.05, "boxes": 0.25, "bare_boxes": 0.25, "grid": 0.3}),
 )
 
 
@@ -158,7 +159,8 @@ def draw_rows(writer: RowWriter, rng: random.Random, *, share: float, count: int
     """A step's rows; share: how far the question phase has come, which decides the forms of context."""
     mix = [weights for start, weights in _MIXES if start <= share][-1]
     forms = rng.choices(list(mix), list(mix.values()), k=count)
-    return [writer.write_row(draw_row_scene(rng), form, rng, max_tokens=max_tokens) for form in forms]
+    late = share >= LATE_SHARE
+    return [writer.write_row(draw_row_scene(rng), form, rng, max_tokens=max_tokens, late=late) for form in forms]
 
 
 def draw_row_scene(rng: random.Random) -> Scene:

@@ -31,7 +31,7 @@ class LanguageSettings:
     random_learning_rate: float = 2e-3
     learning_rate: float = 1.2e-3
     warmup_steps: int = 50
-    flat_share: float = 0.35  # of the question steps before the cosine begins
+    flat_share: float = 0.55  # of the question steps before the cosine begins
     averaging: float = 0.997  # the weights kept are a moving average
 
     @property

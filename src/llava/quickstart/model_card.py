@@ -57,6 +57,11 @@ def write_model_card(facts: dict[str, Any]) -> str:
             "|---|---|---|",
             *language,
             "",
+            *(
+                ["Short of what was wanted:", "", *(f"- {line}" for line in facts["short"]), ""]
+                if facts["short"]
+                else []
+            ),
             "## How they were made",
             "",
             f"`llava quickstart --rebuild-bases`, seed {facts['seed']}; {sizes['vision_tower']:,} and "
