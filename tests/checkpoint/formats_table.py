@@ -6,23 +6,17 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import test_mmpretrain
-import test_paddle
-import test_xtuner
-
 from llava.checkpoint.convert import convert
 from llava.checkpoint.load import open_checkpoint
 from llava.checkpoint.opened import check_tensors, empty_model
 from llava.errors import LlavaError
+from tests.checkpoint import test_mmpretrain, test_paddle, test_xtuner
 from tests.checkpoint.test_huggingface import VISION, stock_model
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,8 @@ import torch
 
 from llava.checkpoint import huggingface, original_writing, xtuner
 from llava.checkpoint.delta import make_delta
-from llava.checkpoint.load import find_folder, open_checkpoint
+from llava.checkpoint.folders import find_folder, replaced_folder
+from llava.checkpoint.load import open_checkpoint
 from llava.checkpoint.opened import HEAD, Opened, check_tensors, empty_model
 from llava.checkpoint.original import PROJECTOR_FILE, read_base
 from llava.checkpoint.weights import Source
@@ -186,7 +187,7 @@ def _to_gguf(opened: Opened, place: Path, number_format: str, begin: Begin | Non
         number_format=number_format,  # type: ignore[arg-type]  # checked by plan_gguf
     )
     _refuse_full_disk(place, plan.num_bytes)
-    with huggingface.replaced_folder(place) as temporary:
+    with replaced_folder(place) as temporary:
         write_gguf(temporary, plan, advance=begin(plan.num_bytes) if begin else None)
         compared = verify_gguf(temporary, plan)
     return _report(opened, place, "gguf", compared, start, began, plan.notes)
@@ -198,7 +199,7 @@ def _run(
     start, began = _reset_peak(), time.monotonic()
     total = sum(_written_bytes(source, dtype) for source in job.expected.values())
     _refuse_full_disk(place, total)
-    with huggingface.replaced_folder(place) as temporary:
+    with replaced_folder(place) as temporary:
         job.write(temporary, begin(total) if begin else None)
         compared = compare(job.expected, job.reopen(temporary), dtype=dtype)
     return _report(opened, place, name, compared, start, began, job.notes)

@@ -7,16 +7,13 @@ and SGLang; every reader takes the tower's classic `vision_tower.vision_model.` 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava.checkpoint.folders import replaced_folder
 from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name, refuse_strangers
 from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.processors import choose_template, make_processor, open_tokenizer, picture_settings
@@ -247,55 +244,3 @@ def grown_rows(source: Source, rows: int) -> Source:
         return torch.cat([old, mean.expand(rows - old.shape[0], -1)])
 
     return source.changed(read, shape=(rows, *source.shape[1:]))
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed otherwise.
-
-    An existing folder keeps its other files: each new file replaces its namesake, old weight files go, config.json
-    comes last. Raises CheckpointError when the place is a file or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; name a folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", suffix=".partial", dir=folder.parent)
-        )
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from error
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _sync(temporary)
-        if folder.exists() and any(folder.iterdir()):
-            _replace_files(temporary, folder)
-        else:
-            temporary.replace(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace_files(temporary: Path, folder: Path) -> None:
-    fresh = {path.name for path in temporary.iterdir()}
-    for old in [*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")]:
-        if old.name not in fresh:
-            old.unlink()
-    for path in sorted(temporary.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
-        if path.is_dir() and (folder / path.name).is_dir():
-            shutil.rmtree(folder / path.name)
-        path.replace(folder / path.name)
-
-
-def _sync(path: Path) -> None:
-    """Put a file or a folder's entries on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

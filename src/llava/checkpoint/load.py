@@ -5,7 +5,6 @@ What a folder is, is decided by its files and by config.json, never by its name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from llava.checkpoint import huggingface, mmpretrain, original, paddle, xtuner
+from llava.checkpoint.folders import find_folder as find_folder
+from llava.checkpoint.folders import read_config as read_config
 from llava.checkpoint.opened import LoadReport, Opened, OpenOptions, materialise
 from llava.checkpoint.parts import open_language_model, open_tower
 from llava.checkpoint.processors import make_processor, open_tokenizer
 from llava.checkpoint.weights import Source, held
 from llava.distributed import pick_device, pick_dtype
-from llava.errors import CheckpointError, UnknownFormatError
+from llava.errors import UnknownFormatError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
 from llava.model.projector import build_projector, initialise_projector, scale_output
@@ -120,51 +121,6 @@ def open_checkpoint(
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder"
     kind = f" (config.json: model_type {data.get('model_type')!r})" if data else ""
     raise UnknownFormatError(f"{folder}: no known layout. Looked for {looked}. Found: {found}{kind}")
-
-
-def find_folder(path: str | Path) -> Path:
-    """The folder of a path, or of a hub id ("org/name") after its download. Raises CheckpointError for neither."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    text = str(path)
-    if folder.exists():
-        raise CheckpointError(f"{text}: is a file, not a model folder")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{text}: no such folder; a hub id looks like llava-hf/llava-1.5-7b-hf")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = [
-        "*.json",
-        "*.safetensors",
-        "*.bin",
-        "*.pdparams",
-        "*.pth",
-        "*.model",
-        "*.txt",
-        "*.jinja",
-        "xtuner_config.py",
-    ]
-    try:
-        return Path(snapshot_download(text, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{text}: no such folder here, and the hub could not give it ({reason})") from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json, {} when it has none. Raises CheckpointError when it is not a JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); restore it from the model's page") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: not a JSON object; restore it from the model's page")
-    return data
 
 
 def build(

@@ -8,7 +8,6 @@ from the files; the original looked at the folder's name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from llava.checkpoint import huggingface
 from llava.checkpoint.adapters import is_adapter, merged, read_adapter
+from llava.checkpoint.folders import find_folder, read_config
 from llava.checkpoint.names import COMPUTED, ORIGINAL, ORIGINAL_MPT, Renaming, refuse_strangers
 from llava.checkpoint.opened import HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.original_settings import language_part, language_type, settings
@@ -124,9 +124,9 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
 def read_base(base: Path) -> _Parts:
     """The base of a projector, LoRA or delta: a language model's folder, or a whole LLaVA."""
     path = base / "config.json"
-    if not path.is_file():
+    data = read_config(base)
+    if not data:
         raise CheckpointError(f"{base}: no config.json; the base must be a language model's or a LLaVA's folder")
-    data = json.loads(path.read_text("utf-8"))
     ignored: dict[str, str] = {}
     if "text_config" in data:
         whole = huggingface.read(base, data, OpenOptions())
@@ -233,8 +233,7 @@ def _join(
 ) -> Opened:
     """Tower, tokenizer and settings joined to a language model's side."""
     tower = find_tower(str(data["mm_vision_tower"]), folder, options)
-    tower_data = json.loads((tower / "config.json").read_text("utf-8"))
-    vision_config, tower_tensors = open_tower(tower, tower_data)
+    vision_config, tower_tensors = open_tower(tower, read_config(tower))
     tensors, ignored = dict(parts.tensors), dict(parts.ignored)
     inside = {key: source for key, source in tensors.items() if key.startswith("vision_tower.")}
     if data.get("unfreeze_mm_vision_tower"):
@@ -290,8 +289,6 @@ def _because(data: Mapping[str, Any], key: str, default: object) -> str:
 
 def find_tower(named: str, folder: Path, options: OpenOptions) -> Path:
     """The tower's folder: the one given, else the name as a path from here, checkpoint or base, else the hub."""
-    from llava.checkpoint.load import find_folder
-
     if options.vision_tower is not None:
         return options.vision_tower
     bases = [] if options.base is None else [options.base, options.base.parent]

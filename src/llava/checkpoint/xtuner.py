@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava.checkpoint.adapters import Adapter, is_adapter, merged, read_adapter
+from llava.checkpoint.folders import find_folder
 from llava.checkpoint.names import COMPUTED, LANGUAGE_MODEL, TOWER, Renaming
 from llava.checkpoint.opened import HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.parts import language_config, open_language_model, open_tower, read_language_model
@@ -195,8 +196,6 @@ def _tower(
     elif options.vision_tower is not None:
         where, because = options.vision_tower, "vision_tower= was given; the folder holds none"
     elif recipe.tower is not None:
-        from llava.checkpoint.load import find_folder
-
         where, because = find_folder(recipe.tower), f"{RECIPE}: visual_encoder_name_or_path"
     else:
         raise UsageError(f"{folder}: holds no vision tower; name the one it was trained with by vision_tower=")
