@@ -14,7 +14,7 @@ from llava.cli.main import main
 def test_the_report_names_versions_device_and_extras(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for wanted in (llava.__version__, "torch", "dtype", "memory", "disk", "llava[web]" if missing("web") else "web"):
+    for wanted in (llava.__version__, "torch", "dtype", "memory", "disk", "llava[quant]" if missing("quant") else "quant"):
         assert wanted in shown
 
 
@@ -40,9 +40,9 @@ def test_every_extra_of_the_project_is_described() -> None:
 
 
 def test_a_missing_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "gradio" else "1.0")
-    extra = doctor.read_extras()["web"]
-    assert extra == {"missing": ["gradio"], "command": "pip install 'llava[web]'"}
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "bitsandbytes" else "1.0")
+    extra = doctor.read_extras()["quant"]
+    assert extra == {"missing": ["bitsandbytes"], "command": "pip install 'llava[quant]'"}
 
 
 @pytest.mark.parametrize(("place", "says"), [(0, "imported instead"), (99, "hidden by this one")])

@@ -24,14 +24,8 @@ _CORE = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", 
 
 # What an extra is for. Its packages are read from this installation's own metadata.
 _EXTRAS = {
-    "web": "the chat page in a browser",
-    "track": "following a training run in a dashboard",
-    "data": "streamed and sharded data sets",
-    "video": "videos as pictures",
     "quant": "models in 4 and 8 bit",
     "export": "writing GGUF files",
-    "ray": "serving over several machines",
-    "plot": "plots as PNG",
     "test": "this project's own tests",
 }
 
