@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from PIL import Image as PilImage
 
 from llava.checkpoint.gguf import GgufPlan, plan_gguf, verify_gguf, write_gguf
 from llava.checkpoint.gguf_parts import llama3_factors, pair_rotary
-from llava.checkpoint.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED, make_vocabulary
+from llava.checkpoint.gguf_vocabulary import CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, make_vocabulary
 from llava.checkpoint.names import common_name
 from llava.checkpoint.weights import Source, held
 from llava.errors import CheckpointError, MissingExtraError
@@ -91,7 +92,13 @@ class Tiny:
 
 
 def tiny(
-    folder: Path, vision: dict[str, Any] = CLIP, text: dict[str, Any] | None = None, *, seed: int = 0, **changes: Any
+    folder: Path,
+    vision: dict[str, Any] = CLIP,
+    text: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    save_tokenizer: Callable[[Path], None] = save_tokenizer,
+    **changes: Any,
 ) -> Tiny:
     save_tokenizer(folder)
     tokenizer = load_tokenizer(folder)
@@ -436,19 +443,66 @@ def test_a_clip_tower_answers_as_ours_or_as_ours_with_the_known_defect(
     assert_same(theirs, *(exact if is_mended else with_defect))
 
 
+CUT = (
+    "What color is the circle?",
+    "\nIs there a red square at [0.10, 0.25, 0.99, 1.00]?",
+    "Zwölf Boxkämpfer, naïve 猫 🐈",
+    "  two  blanks ",
+    "USER: it's 12345 ASSISTANT:",
+)
+
+
 def test_llama_cpp_cuts_text_into_our_tokens(tmp_path: Path, serve: Any) -> None:
-    made = tiny(tmp_path, SIGLIP)
+    assert_cut_alike(tiny(tmp_path, SIGLIP), serve)
+
+
+GOLDEN_BASES = Path(__file__).parent.parent / "golden" / "checkpoints" / "bases"
+
+
+@pytest.mark.parametrize("base", ["vicuna-tiny-v1.5", "llama-tiny"])
+def test_llama_cpp_cuts_text_as_sentencepiece_does(tmp_path: Path, serve: Any, base: str) -> None:
+    def copy(folder: Path) -> None:
+        for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copyfile(GOLDEN_BASES / base / name, folder / name)
+
+    assert_cut_alike(tiny(tmp_path, SIGLIP, save_tokenizer=copy), serve)
+
+
+@pytest.mark.parametrize("family", PRE_TOKENIZERS.values())
+def test_llama_cpp_cuts_text_as_a_byte_level_tokenizer_does(tmp_path: Path, serve: Any, family: str) -> None:
+    def train(folder: Path) -> None:
+        """A byte-level BPE of some 600 tokens with this family's pre-tokenizer."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        pattern = next(text for text, name in PRE_TOKENIZERS.items() if name == family)
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        made.decoder = decoders.ByteLevel()
+        marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+        )
+        made.train_from_iterator([*CUT, "the quick brown fox 2024 isn't there 1234567"] * 3, trainer)
+        made.save(str(folder / "tokenizer.json"))
+        named = {"eos_token": marks[2], "pad_token": marks[0], "add_bos_token": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+
+    assert_cut_alike(tiny(tmp_path, SIGLIP, {"model_type": "qwen2"}, save_tokenizer=train), serve)
+
+
+def assert_cut_alike(made: Tiny, serve: Any) -> None:
     server = serve(made.plan())
-    tokenizer = made.processor.tokenizer
-    for text in (
-        "What color is the circle?",
-        "\nIs there a red square at [0.10, 0.25, 0.99, 1.00]?",
-        "Zwölf Boxkämpfer, naïve 猫 🐈",
-        "  two  blanks ",
-        "USER: hello ASSISTANT:",
-    ):
-        theirs = server.post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
-        assert theirs == tokenizer.encode_plain(text), text
+    for text in CUT:
+        body = {"content": text, "add_special": False, "parse_special": False}
+        assert server.post("/tokenize", body)["tokens"] == made.processor.tokenizer.encode_plain(text), text
+    whole = server.post("/tokenize", {"content": CUT[0], "add_special": True})["tokens"]
+    assert whole == made.processor.tokenizer.encode_markup(CUT[0])
 
 
 def test_the_chat_endpoint_gives_the_same_answer(tmp_path: Path, serve: Any) -> None:
