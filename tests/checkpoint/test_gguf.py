@@ -88,7 +88,7 @@ class Tiny:
         }
 
     def plan(self, **options: Any) -> GgufPlan:
-        return plan_gguf(self.tensors, self.model.config, processor=self.processor, name="tiny", **options)
+        return plan_gguf(self.tensors, self.model.config, processor=self.processor, **{"name": "tiny", **options})
 
 
 def tiny(
@@ -217,6 +217,15 @@ def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r"llava\[export\]"):
         write_gguf(tmp_path, plan)
+
+
+def test_a_turns_end_is_named_where_it_is_not_the_end_of_the_text(tmp_path: Path) -> None:
+    made = tiny(tmp_path)
+    made.processor.tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    chatml = replace(made, processor=made.processor.with_template("chatml")).plan(name="my model")
+    assert chatml.language_model.keys["tokenizer.ggml.eot_token_id"] == made.processor.tokenizer.token_id("<|im_end|>")
+    assert "tokenizer.ggml.eot_token_id" not in made.plan().language_model.keys
+    assert chatml.files[0][0] == "my-model-F16.gguf"
 
 
 def test_the_class_tokens_place_is_told(tmp_path: Path) -> None:
@@ -515,7 +524,7 @@ def test_the_chat_endpoint_gives_the_same_answer(tmp_path: Path, serve: Any) -> 
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     parts = [
         {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": "\nWhat color is the circle?"},
+        {"type": "text", "text": "What color is the circle?"},
     ]
     body = {"messages": [{"role": "user", "content": parts}], "max_tokens": NUM_TOKENS, "temperature": 0}
     reply = server.post("/v1/chat/completions", body)

@@ -7,6 +7,7 @@ model: K-quants are made from these files by llama.cpp's own `llama-quantize`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,14 @@ def plan_gguf(
         "general.type": "model",
         **language.keys,
         **vocabulary.keys(),
-        "tokenizer.chat_template": write_jinja(processor.template, processor.tokenizer),
+        "tokenizer.chat_template": write_jinja(
+            processor.template, processor.tokenizer, images_on_own_lines=processor.image_position == "front"
+        ),
     }
+    turn_ends = [i for i in processor.stop_token_ids if i != processor.tokenizer.eos_token_id]
+    if turn_ends:
+        language_keys["tokenizer.ggml.eot_token_id"] = turn_ends[0]
+    name = re.sub(r"[^\w.-]+", "-", name)  # a Modelfile's FROM line ends at a blank
     mmproj_keys: dict[str, KeyValue] = {"general.name": name, "general.type": "mmproj", **mmproj.keys}
     language_name = f"{name}-{number_format.upper()}.gguf"
     mmproj_name = f"mmproj-{name}-{mmproj_format.upper()}.gguf"

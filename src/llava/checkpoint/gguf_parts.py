@@ -345,7 +345,6 @@ def _plan_projector(tensors: Mapping[str, Source], config: LlavaConfig, layers: 
     # clip.cpp puts a GELU behind the first layer even when there is no second. gelu(x) - gelu(-x) = x exactly, so one
     # linear layer is written as two of double width.
     width, vision = weight.shape
-    eye = torch.eye(width)
 
     def read_both() -> Tensor:
         value = read_weight()
@@ -355,10 +354,14 @@ def _plan_projector(tensors: Mapping[str, Source], config: LlavaConfig, layers: 
         value = bias.read()
         return torch.cat([value, -value])
 
+    def difference() -> Tensor:
+        eye = torch.eye(width)
+        return torch.cat([eye, -eye], dim=1)
+
     return [
         Planned("mm.0.weight", (2 * width, vision), read_both, weight.key),
         Planned("mm.0.bias", (2 * width,), read_biases, bias.key, exact=True),
-        Planned("mm.2.weight", (width, 2 * width), lambda: torch.cat([eye, -eye], dim=1), "identity"),
+        Planned("mm.2.weight", (width, 2 * width), difference, "identity"),
         Planned("mm.2.bias", (width,), lambda: torch.zeros(width), "zeros", exact=True),
     ]
 

@@ -14,9 +14,19 @@ from llava.prompt.tokenizer import Tokenizer
 LONGEST_CONTEXT = 4096  # what Ollama reserves memory for; a model with less says so
 
 
-def write_jinja(template: ChatTemplate, tokenizer: Tokenizer) -> str:
-    """The template in Jinja, as `tokenizer.chat_template` of a GGUF file. BOS is the tokenizer's, not in the text."""
+def write_jinja(template: ChatTemplate, tokenizer: Tokenizer, *, images_on_own_lines: bool = False) -> str:
+    """The template in Jinja, as `tokenizer.chat_template` of a GGUF file. BOS is the tokenizer's, not in the text.
+
+    images_on_own_lines: end the line after a picture, as our templates do with pictures in front of the words.
+    llama-server puts a mark like `<__media_x__>` in a picture's place, and the words right behind it.
+    """
     put = _JinjaText(tokenizer)
+    line_ends = (
+        "{%- if '<__media' in text -%}"
+        "{%- set text = text | replace('__>', '__>\\n') | replace('__>\\n\\n', '__>\\n') -%}{%- endif -%}"
+        if images_on_own_lines
+        else ""
+    )
     system = (
         put(template.system_prefix) + "{{- ns.system -}}" + put(template.system_suffix)
         if template.system or template.system_prefix or template.system_suffix
@@ -46,6 +56,7 @@ def write_jinja(template: ChatTemplate, tokenizer: Tokenizer) -> str:
         + ("" if in_turn else shown)
         + "{%- for message in messages -%}{%- set text = message['content'] -%}"
         + "{%- if message['role'] == 'user' -%}"
+        + line_ends
         + before
         + user
         + "{%- set ns.seen = true -%}"
