@@ -27,7 +27,15 @@ from transformers import LlamaForCausalLM
 from llava.data.scenes import Scene, draw_scene
 from llava.quickstart.language_start import LanguageSettings, build_language_model
 from llava.quickstart.random_tokens import copy_loss, list_copy_tokens, list_field_marks, look_up_loss
-from llava.quickstart.scene_text import GRID, NUM_GRID_FEATURES, Row, RowWriter
+from llava.quickstart.scene_text import (
+    GRID,
+    KIND_WEIGHTS,
+    LATE_KIND_WEIGHTS,
+    NUM_GRID_FEATURES,
+    SECOND_ROUND_WEIGHTS,
+    Row,
+    RowWriter,
+)
 
 Report = Callable[[int, int, dict[str, float]], None]
 SAVE_EVERY = 250  # steps
@@ -39,6 +47,7 @@ _MIXES = (
     (0.3, {"names": 0.15, "places": 0.15, "boxes": 0.45, "bare_boxes": 0.05, "grid": 0.2}),
     (0.5, {"names": 0.15, "places": 0.05, "boxes": 0.25, "bare_boxes": 0.25, "grid": 0.3}),
 )
+_SECOND_MIX = {"names": 0.2, "places": 0.05, "boxes": 0.3, "bare_boxes": 0.2, "grid": 0.25}
 
 
 @dataclass
@@ -86,7 +95,7 @@ def pretrain_language_model(
     writer = RowWriter(tokenizer)
     copy_steps = settings.copy_steps_easy + settings.copy_steps_hard
     random_steps = settings.random_steps
-    total = random_steps + settings.question_steps
+    total = random_steps + settings.first_round_steps + settings.second_round_steps
     pool = list_copy_tokens(tokenizer)
     marks = list_field_marks(tokenizer)
     parameters = [*state.model.parameters(), *state.projector.parameters()]
@@ -107,7 +116,14 @@ def pretrain_language_model(
             )
         else:
             share = (state.step - random_steps) / settings.question_steps
-            rows = draw_rows(writer, rng, share=share, count=settings.batch_rows, max_tokens=settings.row_tokens)
+            rows = draw_rows(
+                writer,
+                rng,
+                share=share,
+                count=settings.batch_rows,
+                max_tokens=settings.row_tokens,
+                second_round=state.step >= random_steps + settings.first_round_steps,
+            )
             name, loss = "questions", rows_loss(state.model, state.projector, rows, rng)
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -155,12 +171,20 @@ def load_language_state(state: LanguageState, path: Path) -> None:
     state.step = content["step"]
 
 
-def draw_rows(writer: RowWriter, rng: random.Random, *, share: float, count: int, max_tokens: int) -> list[Row]:
-    """A step's rows; share: how far the question phase has come, which decides the forms of context."""
-    mix = [weights for start, weights in _MIXES if start <= share][-1]
+def draw_rows(
+    writer: RowWriter, rng: random.Random, *, share: float, count: int, max_tokens: int, second_round: bool = False
+) -> list[Row]:
+    """A step's rows; share: how far the first round has come, which decides the forms of context and the kinds."""
+    if second_round:
+        mix, kind_weights = _SECOND_MIX, SECOND_ROUND_WEIGHTS
+    else:
+        mix = [weights for start, weights in _MIXES if start <= share][-1]
+        kind_weights = LATE_KIND_WEIGHTS if share >= LATE_SHARE else KIND_WEIGHTS
     forms = rng.choices(list(mix), list(mix.values()), k=count)
-    late = share >= LATE_SHARE
-    return [writer.write_row(draw_row_scene(rng), form, rng, max_tokens=max_tokens, late=late) for form in forms]
+    return [
+        writer.write_row(draw_row_scene(rng), form, rng, max_tokens=max_tokens, kind_weights=kind_weights)
+        for form in forms
+    ]
 
 
 def draw_row_scene(rng: random.Random) -> Scene:
@@ -215,12 +239,18 @@ def _learning_rate(settings: LanguageSettings, step: int) -> float:
     if step < settings.random_steps:
         return settings.random_learning_rate * min((step + 1) / settings.warmup_steps, 1.0)
     done = step - settings.random_steps
-    flat = settings.flat_share * settings.question_steps
+    if done < settings.first_round_steps:
+        return settings.learning_rate * _flat_cosine(done, settings.flat_share, settings.question_steps)
+    done -= settings.first_round_steps
+    return settings.second_learning_rate * _flat_cosine(done, settings.flat_share, settings.second_round_steps)
+
+
+def _flat_cosine(done: int, flat_share: float, steps: int) -> float:
+    """1 for a share of the steps, then a cosine down to .01."""
+    flat = flat_share * steps
     if done <= flat:
-        return settings.learning_rate
-    return settings.learning_rate * (
-        0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - flat) / (settings.question_steps - flat)))
-    )
+        return 1.0
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - flat) / (steps - flat)))
 
 
 @torch.no_grad()

@@ -25,11 +25,14 @@ class LanguageSettings:
     copy_steps_easy: int = 60  # 56 tokens, up to 20 long
     copy_steps_hard: int = 140  # every token of the world, up to 32 long
     look_up_steps_each: int = 120  # records of random tokens with up to 3, 4, 5 and 6 fields, and questions on them
-    question_steps: int = 6_300
+    question_steps: int = 6_300  # what the first round's schedule is made for
+    first_round_steps: int = 4_820  # where the second round takes over
+    second_round_steps: int = 3_000  # most turns go to the kinds that are learnt last
     batch_rows: int = 8
     row_tokens: int = 288
     random_learning_rate: float = 2e-3
     learning_rate: float = 1.2e-3
+    second_learning_rate: float = 8e-4
     warmup_steps: int = 50
     flat_share: float = 0.55  # of the question steps before the cosine begins
     averaging: float = 0.997  # the weights kept are a moving average

@@ -32,6 +32,10 @@ LATE_KIND_WEIGHTS = {
     "existence": 0.6, "colour": 0.4, "shape": 0.4, "size": 1.0, "count": 1.3, "count_all": 0.2, "region": 1.2,
     "relation": 1.6, "multiple_choice": 3.2, "box": 2.6, "refer": 2.6, "caption": 0.25, "detail": 0.3,
 }  # fmt: skip
+SECOND_ROUND_WEIGHTS = {
+    "existence": 0.4, "colour": 0.3, "shape": 0.3, "size": 0.5, "count": 1.5, "count_all": 0.3, "region": 1.5,
+    "relation": 1.0, "multiple_choice": 4.0, "box": 1.2, "refer": 5.0, "caption": 0.3, "detail": 0.3,
+}  # fmt: skip
 _SECOND_TURN_SHARE = 0.08
 _FREQUENCIES = (0.5, 1.0, 2.0, 4.0)
 NUM_GRID_FEATURES = 1 + len(SHAPES) + len(COLOURS) + 4 * 2 * len(_FREQUENCIES)
@@ -68,10 +72,20 @@ class RowWriter:
         """Ids of a text by itself, as the template's pieces between special tokens are encoded."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def write_row(self, scene: Scene, form: str, rng: random.Random, *, max_tokens: int, late: bool = False) -> Row:
-        """Fill a row with turns by KIND_WEIGHTS (or LATE_KIND_WEIGHTS) until no further one fits."""
+    def write_row(
+        self,
+        scene: Scene,
+        form: str,
+        rng: random.Random,
+        *,
+        max_tokens: int,
+        kind_weights: dict[str, float] = KIND_WEIGHTS,
+    ) -> Row:
+        """Fill a row with turns, kinds drawn by weight, until no further one fits."""
         kinds = list_kinds(form)
-        weights = [(LATE_KIND_WEIGHTS if late else KIND_WEIGHTS)[kind] for kind in kinds]
+        if kind_weights is SECOND_ROUND_WEIGHTS and form == "bare_boxes":
+            kinds = (*_NAME_KINDS, "box", "refer")
+        weights = [kind_weights[kind] for kind in kinds]
         turns: list[Turn] = []
         context, listed = self._write_context(scene, form, rng)
         left = max_tokens - len(context)
