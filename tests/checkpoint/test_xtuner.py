@@ -25,6 +25,16 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoints"
 BASE = GOLDEN / "bases" / "vicuna-tiny-v1.5"
 TOWER = GOLDEN / "bases" / "openai" / "clip-tiny-patch14-56"
 WIDTH, TOWER_WIDTH = 64, 32
+INTERNLM2_NAMES = (
+    ("model.embed_tokens", "model.tok_embeddings"),
+    ("lm_head", "output"),
+    ("self_attn.o_proj", "attention.wo"),
+    ("mlp.gate_proj", "feed_forward.w1"),
+    ("mlp.up_proj", "feed_forward.w3"),
+    ("mlp.down_proj", "feed_forward.w2"),
+    ("input_layernorm", "attention_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+)
 RECIPE = """
 from xtuner.utils import PROMPT_TEMPLATE
 raise SystemExit("this file is never run")
@@ -154,6 +164,47 @@ def test_a_tower_and_a_language_model_trained_in_full_are_taken_from_the_folder(
     state = loaded.model.state_dict()
     assert all(bool((state[name] == 2).all()) for name in state if name.endswith("language_model.model.norm.weight"))
     assert all(bool((state[name] == 3).all()) for name in state if name.endswith("pre_layrnorm.weight"))
+
+
+def test_a_lora_of_internlm2s_fused_weight_is_merged_before_it_is_split(tmp_path: Path) -> None:
+    heads, size = 4, WIDTH // 4
+    base = tmp_path / "internlm2"
+    base.mkdir()
+    state, fused = {}, {}
+    for key, value in language_model().state_dict().items():
+        name = key
+        for ours, theirs in INTERNLM2_NAMES:
+            name = name.replace(ours, theirs)
+        if "self_attn" not in name:
+            state[name] = value.clone()
+    for layer in range(2):
+        sides = [language_model().state_dict()[f"model.layers.{layer}.self_attn.{side}_proj.weight"] for side in "qkv"]
+        packed = torch.stack([side.view(heads, size, WIDTH) for side in sides], dim=1)  # (heads, 3, size, WIDTH)
+        fused[f"model.layers.{layer}.attention.wqkv.weight"] = packed.reshape(3 * WIDTH, WIDTH).contiguous()
+    save_file(state | fused, base / "model.safetensors")
+    config = {**json.loads((BASE / "config.json").read_text()), "model_type": "internlm2", "bias": False}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}
+    (base / "config.json").write_text(json.dumps(config))
+    for file in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(BASE / file, base / file)
+    folder = write_parts(tmp_path / "m")
+    (folder / "llm_adapter").mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["wqkv"]}
+    (folder / "llm_adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    a, b = torch.randn(4, WIDTH), torch.randn(3 * WIDTH, 4)
+    place = "base_model.model.model.layers.1.attention.wqkv"
+    save_file(
+        {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}, folder / "llm_adapter" / "adapter_model.safetensors"
+    )
+    loaded = llava.load(folder, base=base, vision_tower=TOWER, device="cpu", dtype="float32")
+    whole = fused["model.layers.1.attention.wqkv.weight"].float() + 2 * b @ a
+    for number, side in enumerate("qkv"):
+        expected = whole.view(heads, 3, size, WIDTH)[:, number].reshape(WIDTH, WIDTH)
+        got = loaded.model.language_model.get_parameter(f"model.layers.1.self_attn.{side}_proj.weight")
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert loaded.model.config.template == "internlm2_chat"
+    with pytest.raises(UsageError, match="can only be merged"):
+        open_checkpoint(folder, base=base, vision_tower=TOWER, merge_lora=False)
 
 
 def test_what_is_not_in_the_folder_is_asked_for_by_name(tmp_path: Path) -> None:
