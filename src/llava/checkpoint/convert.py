@@ -25,7 +25,7 @@ from llava.checkpoint.folders import find_folder, replaced_folder
 from llava.checkpoint.load import open_checkpoint
 from llava.checkpoint.opened import HEAD, Opened, check_tensors, empty_model
 from llava.checkpoint.original import PROJECTOR_FILE, read_base
-from llava.checkpoint.weights import Source
+from llava.checkpoint.weights import Source, close_files
 from llava.errors import CheckpointError, UsageError, name_nearest
 
 Target = Literal["hf", "original", "xtuner", "gguf"]
@@ -71,6 +71,7 @@ def convert(
     template: str | None = None,
     dtype: str | None = None,
     number_format: str = "f16",
+    class_token: str = "last",
     max_shard_bytes: int = SHARD_BYTES,
     begin: Begin | None = None,
 ) -> ConvertReport:
@@ -78,6 +79,7 @@ def convert(
 
     base, vision_tower, template: as in `load`; a LoRA is merged, a delta is added. dtype: of floating tensors; None
     keeps each as it is (merged LoRA weights are float32 then). number_format: of gguf, "f16", "f32" or "q8_0".
+    class_token: of gguf, "last" for today's llama.cpp or "first" (see `gguf.plan_gguf`).
     begin: called with the bytes to come, gives the callback that progress is told to.
     Raises CheckpointError when the source does not fit its configuration or the target exists.
     """
@@ -86,7 +88,7 @@ def convert(
     opened = _open_checked(source, base=base, vision_tower=vision_tower, template=template)
     place = _free_place(Path(target), opened.folder)
     if to == "gguf":
-        return _to_gguf(opened, place, number_format, begin)
+        return _to_gguf(opened, place, number_format, class_token, begin)
     chosen = _dtype(dtype)
     if to == "hf":
         job = _to_huggingface(opened, place, chosen, max_shard_bytes)
@@ -175,7 +177,7 @@ def _to_xtuner(opened: Opened, place: Path, dtype: torch.dtype | None, max_shard
     return _Job(write, reopen, expected)
 
 
-def _to_gguf(opened: Opened, place: Path, number_format: str, begin: Begin | None) -> ConvertReport:
+def _to_gguf(opened: Opened, place: Path, number_format: str, class_token: str, begin: Begin | None) -> ConvertReport:
     from llava.checkpoint.gguf import plan_gguf, verify_gguf, write_gguf
 
     start, began = _reset_peak(), time.monotonic()
@@ -185,6 +187,7 @@ def _to_gguf(opened: Opened, place: Path, number_format: str, begin: Begin | Non
         processor=opened.processor(),
         name=place.name,
         number_format=number_format,  # type: ignore[arg-type]  # checked by plan_gguf
+        class_token=class_token,  # type: ignore[arg-type]
     )
     _refuse_full_disk(place, plan.num_bytes)
     with replaced_folder(place) as temporary:
@@ -324,6 +327,7 @@ def _written_bytes(source: Source, dtype: torch.dtype | None) -> int:
 def _report(
     opened: Opened, place: Path, name: str, compared: int, start: int, began: float, notes: tuple[str, ...]
 ) -> ConvertReport:
+    close_files()
     return ConvertReport(
         target=place,
         format=name,

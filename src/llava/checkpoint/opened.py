@@ -18,7 +18,7 @@ from torch import nn
 from llava.checkpoint.adapters import Adapter
 from llava.checkpoint.names import COMPUTED, Renaming, common_name
 from llava.checkpoint.quantised import LoadIn, import_bitsandbytes, pack_layer, packed_layers
-from llava.checkpoint.weights import Source
+from llava.checkpoint.weights import Source, close_files
 from llava.errors import CheckpointError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
@@ -202,6 +202,7 @@ def materialise(
     model.language_model.tie_weights()  # type: ignore[operator]
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, left
+    close_files()
     if opened.adapter is not None:
         _attach(model, opened.adapter, device, dtype)
     model.to(device).eval()

@@ -62,6 +62,25 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
     raise UnknownFormatError(f"{folder}: config.json is a LLaVA's, but no weights; looked for {looked}; found: {found}")
 
 
+def outline(folder: Path, data: Mapping[str, Any]) -> tuple[Decision, ...]:
+    """What config.json and file names alone say, for a folder whose base is not at hand."""
+    kind = "a LoRA adapter" if is_adapter(folder) else "a projector"
+    return (
+        Decision("weights", f"{kind}, to be put on a base", "the files in the folder"),
+        Decision("vision tower", str(data.get("mm_vision_tower")), "config.json: mm_vision_tower"),
+        Decision(
+            "projector", str(data.get("mm_projector_type", "linear")), _because(data, "mm_projector_type", "linear")
+        ),
+        Decision(
+            "image mode", str(data.get("image_aspect_ratio", "square")), _because(data, "image_aspect_ratio", "square")
+        ),
+        Decision(
+            "merge type", str(data.get("mm_patch_merge_type", "flat")), _because(data, "mm_patch_merge_type", "flat")
+        ),
+        Decision("base", str(data.get("_name_or_path")), "config.json: _name_or_path, as it was called in training"),
+    )
+
+
 @dataclass(frozen=True)
 class _Parts:
     """A language model's side of a checkpoint, before tower and settings are joined to it."""

@@ -208,9 +208,17 @@ def load_torch(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
+# One for all readers: the pages of a shard stay in memory while it is mapped.
+_OPEN = _OpenTorchFile()
+
+
 def _read_torch(path: Path) -> dict[str, Source]:
-    holder = _OpenTorchFile()
-    return sources_of(holder.open(path), path, lambda key: holder.open(path)[key])
+    return sources_of(_OPEN.open(path), path, lambda key: _OPEN.open(path)[key])
+
+
+def close_files() -> None:
+    """Let go of the torch file that was read last."""
+    _OPEN.path, _OPEN.tensors = None, {}
 
 
 def sources_of(tensors: Mapping[str, Any], path: Path, read: Callable[[str], Tensor]) -> dict[str, Source]:

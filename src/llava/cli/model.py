@@ -29,19 +29,34 @@ def show(
     about = describe(path, base=base, vision_tower=vision_tower)
     if as_json:
         print(json.dumps(about))
-    else:
+    elif "language_model" in about:
         _print(about)
+    else:
+        _print_end(about)
     if about["problems"]:
         raise typer.Exit(2)
 
 
 def describe(path: str, *, base: str | None = None, vision_tower: str | None = None) -> dict[str, Any]:
     """What `llava model show` knows about a folder, as plain values."""
+    from llava.checkpoint import original
+    from llava.checkpoint.folders import find_folder, read_config
     from llava.checkpoint.load import open_checkpoint
     from llava.checkpoint.opened import check_tensors, empty_model
-    from llava.errors import CheckpointError
+    from llava.errors import CheckpointError, UsageError
 
-    opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+    try:
+        opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+    except UsageError as error:
+        # a part without its base: what the folder alone says
+        folder = find_folder(path)
+        data = read_config(folder)
+        if base is not None or not original.detect(folder, data):
+            raise
+        decisions = [{"what": d.what, "value": d.value, "because": d.because} for d in original.outline(folder, data)]
+        files = sorted(str(file) for file in folder.iterdir())
+        about: dict[str, Any] = {"path": str(folder), "format": "original, without its base", "files": files}
+        return {**about, "decisions": decisions, "ignored": {}, "notes": [], "problems": [str(error)]}
     config = opened.config
     problems = []
     try:
@@ -94,9 +109,8 @@ def describe(path: str, *, base: str | None = None, vision_tower: str | None = N
 def _print(about: dict[str, Any]) -> None:
     language, tower = about["language_model"], about["vision_tower"]
     print(f"{about['path']}: {about['format']}")
-    print(
-        f"  {sum(about['parameters'].values()):,} parameters, {about['bytes'] / 1e6:,.1f} MB, {', '.join(about['dtypes'])}"
-    )
+    size = f"{about['bytes'] / 1e6:,.1f} MB, {', '.join(about['dtypes'])}"
+    print(f"  {sum(about['parameters'].values()):,} parameters, {size}")
     for part, count in about["parameters"].items():
         print(f"    {part:<24}{count:>16,}")
     print(
@@ -115,6 +129,12 @@ def _print(about: dict[str, Any]) -> None:
         else ""
     )
     print(f"  pictures         {about['image_mode']}{tiling}, {about['features_per_tile']} features a tile")
+    _print_end(about, headed=True)
+
+
+def _print_end(about: dict[str, Any], *, headed: bool = False) -> None:
+    if not headed:
+        print(f"{about['path']}: {about['format']}")
     print("  decided by")
     for decision in about["decisions"]:
         print(f"    {decision['what']}: {decision['value']} ({decision['because']})")
