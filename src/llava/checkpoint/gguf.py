@@ -93,6 +93,8 @@ def plan_gguf(
     """
     if number_format not in FILE_TYPES:
         raise CheckpointError(f"GGUF: format {number_format!r}; {name_nearest(number_format, get_args(NumberFormat))}")
+    if class_token not in get_args(ClassToken):
+        raise CheckpointError(f"GGUF: class token {class_token!r}; {name_nearest(class_token, get_args(ClassToken))}")
     strangers = [key for key in tensors if not key.startswith(PARTS)]
     if strangers:
         raise CheckpointError(

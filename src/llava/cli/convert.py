@@ -34,6 +34,10 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16; without it numbers stay as they are.")
     ] = None,
     number_format: Annotated[str, typer.Option("--format", help="Numbers of a GGUF file: f16, q8_0 or f32.")] = "f16",
+    class_token: Annotated[
+        str,
+        typer.Option(help="GGUF of a CLIP tower: last for today's llama.cpp, first once its issue 25814 is mended."),
+    ] = "last",
     template: Annotated[str | None, typer.Option(help="Chat template, where the source names none.")] = None,
     delta: Annotated[
         str | None, typer.Option(help="A delta folder: add it to --base and write the sum to DST.", metavar="FOLDER")
@@ -77,6 +81,7 @@ def convert(
                 template=template,
                 dtype=dtype,
                 number_format=number_format,
+                class_token=class_token,
                 max_shard_bytes=int(max_shard_gb * 1e9),
                 begin=begin,
             )
