@@ -64,6 +64,12 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        run_quickstart(tmp_path / "file" / "out", SMALL)
+
+
 def test_a_run_killed_before_its_first_phase_ended_is_recognised(tmp_path: Path) -> None:
     class Killed(Audience):
         def bar(self, title: str, total: int):  # type: ignore[no-untyped-def]

@@ -234,7 +234,12 @@ class _Progress:
         if not path.exists():
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UsageError(f"{out}: holds something that is not a quickstart; choose another folder with --out")
-            out.mkdir(parents=True, exist_ok=True)
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"{out}: cannot be made ({error.strerror}); choose another folder with --out"
+                ) from None
             fresh = cls(path, fingerprint, {}, {})
             fresh._write()  # before any work: a run killed in its first phase is recognised and goes on
             return fresh
