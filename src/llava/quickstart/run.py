@@ -41,7 +41,7 @@ class QuickstartSettings:
     """
 
     seed: int = 0
-    num_scenes: int = 12_000
+    num_scenes: int = 10_000
     held_out_scenes: int = 200
     align_overrides: tuple[str, ...] = ()
     instruct_overrides: tuple[str, ...] = ()
