@@ -37,6 +37,8 @@ TEXT = {
 class NoProcessor:
     """A processor that writes nothing: these tests look at weights and config."""
 
+    stop_token_ids = (2,)
+
     def save(self, folder: Path) -> None:
         pass
 
@@ -211,7 +213,7 @@ def test_saving_over_a_folder_keeps_its_other_files_and_drops_old_shards(tmp_pat
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"old")
     huggingface.save(model, NoProcessor(), folder)  # type: ignore[arg-type]
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["config.json", "metrics.jsonl", "model.safetensors"]
+    assert names == ["config.json", "generation_config.json", "metrics.jsonl", "model.safetensors"]
 
 
 def test_shards_and_index_are_written_and_read(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_a_saved_model_has_its_lora_merged(tmp_path: Path) -> None:
     from llava.checkpoint.opened import materialise
 
     class NoProcessor:
+        stop_token_ids = (2,)
+
         def save(self, folder: Path) -> None: ...
 
         def block(self) -> dict[str, Any]:

@@ -166,6 +166,9 @@ def fill(
     """Write what `prepare` made into an existing folder; advance is called with the bytes of each tensor written."""
     write_safetensors(temporary, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=advance)
     processor.save(temporary)
+    # where answers end, for `generate` and the engines that read it: the template's end as well as EOS
+    ends = {"eos_token_id": list(processor.stop_token_ids), "do_sample": False}
+    write_text(temporary / "generation_config.json", json.dumps(ends, indent=2) + "\n")
     # after the processor, which writes a config.json of its own where there is none
     write_text(temporary / "config.json", json.dumps(_config_json(config, tensors, dtype), indent=2) + "\n")
 
