@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import llava
 from llava.checkpoint.load import Loaded, open_checkpoint
 from llava.checkpoint.opened import check_tensors, empty_model, materialise
-from llava.errors import CheckpointError, UnknownFormatError, UsageError
+from llava.errors import CheckpointError, LlavaError, UnknownFormatError, UsageError
 from llava.prompt.conversation import Conversation, Image, Message, Text
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoints"
@@ -346,3 +346,46 @@ def test_nothing_of_the_source_is_changed_by_opening_it(tmp_path: Path) -> None:
     before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
     materialise(open_checkpoint(folder), device=torch.device("cpu"), dtype=torch.float32)
     assert {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_vision_tower": "nowhere/clip"}, r"mm_vision_tower 'nowhere/clip'.*--vision-tower"),
+        ({"mm_projector_type": "qformer"}, r"projector 'qformer'.*mlp2x_gelu"),
+        ({"mm_projector_type": "linear"}, r"unexpected: 'model\.mm_projector\.2\.bias'"),
+        ({"mm_patch_merge_type": "maxpool"}, r"merge_type 'maxpool'.*spatial_unpad"),
+        ({"mm_vision_select_layer": -9}, r"vision_feature_layer -9; a tower of 3 blocks"),
+        ({"mm_hidden_size": 33}, r"mm_hidden_size is 33.*width is 32"),
+        ({"image_aspect_ratio": "highres"}, r"image_aspect_ratio 'highres'; known"),
+        ({"hidden_size": "wide"}, r"config\.json: not a llama configuration"),
+        ({"s2": True}, r"s2 .*not supported"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_one_line_that_names_it(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = damaged_copy(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(LlavaError, match=message) as caught:
+        llava.load(folder, device="cpu", dtype="float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_without_a_projector_says_where_it_should_be(tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+    shutil.copytree(GOLDEN / "e_lora" / "llava-v1.5-tiny-lora", folder)
+    (folder / "non_lora_trainables.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"non_lora_trainables\.bin: holds no projector"):
+        llava.load(folder, base="vicuna-tiny-v1.5")
+    on_llava = llava.load(folder, base=GOLDEN / "a_v1_5_full" / "llava-v1.5-tiny", device="cpu", dtype="float32")
+    assert on_llava.report.format == "original LoRA"
+
+
+def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    folder = damaged_copy(tmp_path)
+    (folder / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="damaged: its tokenizer does not open"):
+        llava.load(folder, device="cpu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from llava.checkpoint.folders import replaced_folder
 from llava.checkpoint.names import COMPUTED, HUGGINGFACE, common_name, refuse_strangers
 from llava.checkpoint.opened import EMBEDDINGS, HEAD, Decision, Opened, OpenOptions
-from llava.checkpoint.processors import choose_template, make_processor, open_tokenizer, picture_settings
+from llava.checkpoint.processors import choose_template, make_processor, naming_errors, open_tokenizer, picture_settings
 from llava.checkpoint.weights import Source, held, read_folder, write_safetensors, write_text
 from llava.errors import CheckpointError, UsageError
 from llava.model.config import LlavaConfig
@@ -45,12 +46,18 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
         raise CheckpointError(f"{folder / 'config.json'}: projector_hidden_act {activation!r}; only gelu is known here")
     tensors = read_tensors(folder)
     by_block = "config.json: llava block"
-    why_template, why_mode, processor = by_block, by_block, lambda: load_processor(folder)
+    why_template, why_mode = by_block, by_block
+    processor: Callable[[], Processor] = partial(load_processor, folder)
     if "llava" not in data:
         by_block = f"config.json: model_type {data['model_type']!r}"
         config, why_template, why_mode = _with_stock_settings(config, data, folder)
-        stock = config
-        processor = lambda: make_processor(stock, open_tokenizer(folder), folder)  # noqa: E731
+        processor = partial(_stock_processor, config, folder)
+    if options.template is not None:
+        from llava.prompt.templates import get_template
+
+        template = get_template(options.template)
+        config, why_template = config.with_changes(template=template.name), "asked for"
+        processor = partial(_with_template, processor, template.name)
     return Opened(
         format=f"huggingface {data['model_type']}",
         folder=folder,
@@ -86,11 +93,20 @@ def _with_stock_settings(config: LlavaConfig, data: Mapping[str, Any], folder: P
     return config, why_template, why_mode
 
 
+def _stock_processor(config: LlavaConfig, folder: Path) -> Processor:
+    return make_processor(config, open_tokenizer(folder), folder)
+
+
+def _with_template(make: Callable[[], Processor], template: str) -> Processor:
+    return make().with_template(template)
+
+
 def load_processor(folder: Path) -> Processor:
     """The Processor of a folder in this layout."""
     from llava.prompt.processor import Processor
 
-    return Processor.load(folder)
+    with naming_errors(folder):
+        return Processor.load(folder)
 
 
 def _with_present_parts(config: LlavaConfig, tensors: Mapping[str, Source]) -> LlavaConfig:

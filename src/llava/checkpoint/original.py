@@ -18,7 +18,7 @@ import torch
 from llava.checkpoint import huggingface
 from llava.checkpoint.adapters import is_adapter, merged, read_adapter
 from llava.checkpoint.folders import find_folder, read_config
-from llava.checkpoint.names import COMPUTED, ORIGINAL, ORIGINAL_MPT, Renaming, refuse_strangers
+from llava.checkpoint.names import COMPUTED, MULTI_LAYER_PROJECTOR, ORIGINAL, ORIGINAL_MPT, Renaming, refuse_strangers
 from llava.checkpoint.opened import HEAD, Decision, Opened, OpenOptions
 from llava.checkpoint.original_settings import language_part, language_type, settings
 from llava.checkpoint.parts import embedding_name, language_config, open_language_model, open_tower, read_language_model
@@ -127,6 +127,13 @@ def _read_on_base(folder: Path, data: Mapping[str, Any], options: OpenOptions, *
         raise UsageError(f"{folder}: holds {what}; name the model it was trained on with base=, --base{hint}")
     parts = read_base(options.base)
     extra = projector_tensors(folder / PROJECTOR_FILE) if kind == "projector" else _non_lora(folder / NON_LORA_FILE)
+    if kind == "lora" and not any(
+        name.startswith("multi_modal_projector.") for name in {**parts.tensors, **extra.tensors}
+    ):
+        raise CheckpointError(
+            f"{folder / NON_LORA_FILE}: holds no projector, and neither does {options.base}; the original writes it at "
+            "the end of training: copy it, or give a LLaVA as the base"
+        )
     parts.tensors.update(extra.tensors)
     adapter = None
     if kind == "lora":
@@ -161,8 +168,10 @@ def read_base(base: Path) -> _Parts:
     return _Parts(text_config, tensors, base, ignored, (Decision("language model", kind, f"{path}: model_type"),))
 
 
-def naming(kind: str) -> Renaming:
-    """The table of a language model's family."""
+def naming(kind: str, *, layered: bool = False) -> Renaming:
+    """The table of a language model's family; layered: for a projector of several layers."""
+    if layered:
+        return MULTI_LAYER_PROJECTOR[kind == "mpt"]
     return ORIGINAL_MPT if kind == "mpt" else ORIGINAL
 
 
@@ -296,7 +305,7 @@ def _join(
         ),
         ignored=ignored,
         adapter=parts.adapter,
-        naming=naming(parts.text_config["model_type"]),
+        naming=naming(parts.text_config["model_type"], layered=config.projector.startswith("mlp")),
         tokenizer_is_its_own=parts.tokenizer_folder == folder,
         tower_name=str(data["mm_vision_tower"]),
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava.checkpoint.names import MULTI_LAYER_PROJECTOR, TOWER, Renaming
+from llava.checkpoint.names import TOWER
 from llava.checkpoint.opened import HEAD
 from llava.checkpoint.original import PROJECTOR_FILE, START_END, naming
 from llava.checkpoint.parts import embedding_name
@@ -139,10 +139,7 @@ def write_projector(
 
 def _original_name(name: str, config: LlavaConfig) -> str:
     kind = str(config.text_config["model_type"])
-    table: Renaming = naming(kind)
-    if config.projector.startswith("mlp"):
-        table = MULTI_LAYER_PROJECTOR[kind == "mpt"]
-    original = table.restore(name)
+    original = naming(kind, layered=config.projector.startswith("mlp")).restore(name)
     if original is None:
         raise CheckpointError(f"{name!r} has no name in the original's layout")
     return original

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,21 @@ def open_tokenizer(folder: Path, *, original_kind: str | None = None) -> Tokeniz
     The original reads tokenizer.model of a Llama even where a tokenizer.json lies beside it; a Mistral gets the fast
     class of transformers 4, which gives the ids of the `legacy` dialect whatever its flag says.
     """
+    with naming_errors(folder):
+        return _open_tokenizer(folder, original_kind)
+
+
+@contextmanager
+def naming_errors(folder: Path) -> Iterator[None]:
+    """Turn what sentencepiece and tokenizers raise for damaged files into a CheckpointError that names the folder."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: its tokenizer does not open ({reason}); download it again") from error
+
+
+def _open_tokenizer(folder: Path, original_kind: str | None) -> Tokenizer:
     from llava.prompt.tokenizer import load_tokenizer
 
     slow = original_kind in SLOW_KINDS and (folder / "tokenizer.model").is_file()

@@ -73,6 +73,15 @@ class LlavaConfig:
         _require_choice("image_mode", self.image_mode, get_args(ImageMode))
         _require_choice("merge_type", self.merge_type, get_args(MergeType))
         _require_choice("vision_feature_select", self.vision_feature_select, get_args(FeatureSelect))
+        blocks = self.vision_config.get("num_hidden_layers")
+        layers = (
+            self.vision_feature_layer if isinstance(self.vision_feature_layer, tuple) else (self.vision_feature_layer,)
+        )
+        if blocks is not None and any(not -blocks - 1 <= layer <= blocks for layer in layers):
+            raise CheckpointError(
+                f"config: vision_feature_layer {self.vision_feature_layer}; a tower of {blocks} blocks has states "
+                f"0 to {blocks}, or -{blocks + 1} to -1"
+            )
         if self.image_mode == "anyres" and not self.image_grid_pinpoints:
             raise CheckpointError("config: image_mode 'anyres' needs image_grid_pinpoints, a list of [height, width]")
 
@@ -179,6 +188,8 @@ class LlavaConfig:
             if not isinstance(data.get(key), Mapping):
                 raise CheckpointError(f"{origin}: no {key}; this is not the config.json of a LLaVA folder")
         block = data.get("llava")
+        if block is not None and not isinstance(block, Mapping):
+            raise CheckpointError(f"{origin}: llava is {block!r}, not an object; remove it or restore it")
         chosen = _from_stock(data) if block is None else _from_block(block)
         token = chosen.pop("image_token_id", None)
         if token is None:
@@ -200,6 +211,7 @@ def complete_config(part: Mapping[str, Any], default_type: str, *, origin: str) 
     Raises CheckpointError for a model_type that transformers does not have: its code would come from the folder
     (`auto_map`), and that is never run.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     name = str(part.get("model_type", default_type))
@@ -211,7 +223,13 @@ def complete_config(part: Mapping[str, Any], default_type: str, *, origin: str) 
     values = {
         key: value for key, value in part.items() if key not in ("model_type", "auto_map", "transformers_version")
     }
-    complete = CONFIG_MAPPING[name](**values).to_dict()
+    try:
+        complete = CONFIG_MAPPING[name](**values).to_dict()
+    except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{origin}: not a {name} configuration ({reason}); restore it from the model's page"
+        ) from error
     for key in ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"):
         complete.pop(key, None)
     # transformers 5 files it under rope_parameters; vLLM and SGLang on older transformers look for the plain key.
