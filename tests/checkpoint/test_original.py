@@ -389,3 +389,12 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) -
     (folder / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="damaged: its tokenizer does not open"):
         llava.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("case", ["v1.5 in two .bin shards", "v0", "v1.6 with tiles and its own tower", "MPT"])
+def test_an_opened_model_saved_from_memory_answers_as_recorded(case: str, tmp_path: Path) -> None:
+    from llava.checkpoint import huggingface
+
+    loaded = load_case(case)
+    huggingface.save(loaded.model, loaded.processor, tmp_path / "saved")
+    check_against_recording(llava.load(tmp_path / "saved", device="cpu", dtype="float32"), case)

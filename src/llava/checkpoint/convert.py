@@ -25,7 +25,7 @@ from llava.checkpoint.folders import find_folder, replaced_folder
 from llava.checkpoint.load import open_checkpoint
 from llava.checkpoint.opened import HEAD, Opened, check_tensors, empty_model
 from llava.checkpoint.original import PROJECTOR_FILE, read_base
-from llava.checkpoint.weights import Source
+from llava.checkpoint.weights import Source, close_files
 from llava.errors import CheckpointError, UsageError, name_nearest
 
 Target = Literal["hf", "original", "xtuner", "gguf"]
@@ -327,6 +327,7 @@ def _written_bytes(source: Source, dtype: torch.dtype | None) -> int:
 def _report(
     opened: Opened, place: Path, name: str, compared: int, start: int, began: float, notes: tuple[str, ...]
 ) -> ConvertReport:
+    close_files()
     return ConvertReport(
         target=place,
         format=name,
