@@ -27,7 +27,7 @@ class LanguageSettings:
     look_up_steps_each: int = 120  # records of random tokens with up to 3, 4, 5 and 6 fields, and questions on them
     question_steps: int = 6_300  # what the first round's schedule is made for
     first_round_steps: int = 4_820  # where the second round takes over
-    second_round_steps: int = 3_000  # most turns go to the kinds that are learnt last
+    second_round_steps: int = 2_500  # most turns go to the kinds that are learnt last
     batch_rows: int = 8
     row_tokens: int = 288
     random_learning_rate: float = 2e-3
