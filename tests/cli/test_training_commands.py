@@ -59,8 +59,13 @@ def test_data_check_with_problems_exits_with_2(tmp_path: Path, capsys: pytest.Ca
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the folder one stands in may hold a finished quickstart
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
