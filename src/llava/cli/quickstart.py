@@ -48,7 +48,8 @@ def quickstart(
     console.print(f"report: {result.report.resolve()}", soft_wrap=True)
     console.print("\nnext:")
     for what, command in next_commands(result.model):
-        console.print(f"  {command}    [dim]# {what}[/dim]", highlight=False, soft_wrap=True)
+        # no markup: a command may hold brackets
+        console.print(f"  {command}    # {what}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _rebuild_bases(out: Path, seed: int) -> None:
