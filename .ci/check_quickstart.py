@@ -7,7 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-KINDS = "existence colour shape size count count_all region relation multiple_choice box refer caption detail".split()
+KINDS = (
+    "existence", "colour", "shape", "size", "count", "count_all", "region", "relation", "multiple_choice", "box",
+    "refer", "caption", "detail",
+)  # fmt: skip
 BARS = {"existence": 0.8, "colour": 0.8, "shape": 0.8, "count_all": 0.8, "region": 0.7, "caption": 0.7}
 
 report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

@@ -14,7 +14,14 @@ from llava.cli.main import main
 def test_the_report_names_versions_device_and_extras(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for wanted in (llava.__version__, "torch", "dtype", "memory", "disk", "llava[quant]" if missing("quant") else "quant"):
+    for wanted in (
+        llava.__version__,
+        "torch",
+        "dtype",
+        "memory",
+        "disk",
+        "llava[quant]" if missing("quant") else "quant",
+    ):
         assert wanted in shown
 
 
