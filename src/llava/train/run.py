@@ -5,7 +5,7 @@
 The run's folder ends as a LLaVA that `llava chat` opens. Beside the model lie `recipe.yaml` (every value, resolved),
 `run.json` (versions, seed, state), `metrics.jsonl`, `loss.svg`, `samples.jsonl` and, while it runs, `checkpoints/`. The
 same call again goes on from the newest whole checkpoint, and returns at once when the run is finished.
-Not covered yet: several processes (issue of its own), LoRA.
+Not covered yet: several processes, LoRA.
 """
 
 from __future__ import annotations
