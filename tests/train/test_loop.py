@@ -66,6 +66,25 @@ def test_the_loss_is_the_mean_over_the_whole_steps_answer_tokens(tiny_llava: Cal
     assert trainer.step(step).loss == pytest.approx(total / step.num_answer_tokens, rel=1e-6)
 
 
+def test_the_gradient_is_that_of_the_mean_over_the_whole_steps_answer_tokens(
+    tiny_llava: Callable[..., Llava],
+) -> None:
+    model = tiny_llava().double()
+    step = make_step(micro_batch_tokens=60)
+    trainer = make_trainer(model, dtype=torch.float64)
+    total = torch.stack([trainer.summed_loss(batch) for batch in step.micro_batches]).sum()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    mean = torch.autograd.grad(total / step.num_answer_tokens, list(trained.values()), allow_unused=True)
+    trainer._accumulate(step.micro_batches, step.num_answer_tokens)
+    for (name, parameter), wanted in zip(trained.items(), mean, strict=True):
+        if wanted is None:
+            assert parameter.grad is None, name
+            continue
+        torch.testing.assert_close(
+            parameter.grad, wanted, rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
 def test_a_tiny_model_learns_to_read_its_picture(tiny_llava: Callable[..., Llava]) -> None:
     model = tiny_llava()
     rng = np.random.default_rng(0)

@@ -13,6 +13,7 @@ questions about one picture read the picture once and step together, and an ordi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,8 @@ class LeanDecoder:
         prefix_length = len(group.prefix_ids)
         first_row = len(self._rows)
         logits: list[Tensor] = []
-        try:
+        with ExitStack() as undo:  # runs unless all prompts were read: a failed group leaves nothing behind
+            undo.callback(self.free, branches)
             for i, members in enumerate(plan):
                 new_tokens = sum(len(group.suffix_ids[m]) for m in members)
                 room = sum(min(group.max_new_tokens[m], MIN_COLUMNS) for m in members)
@@ -112,10 +114,7 @@ class LeanDecoder:
                 else:
                     self._cache.owner[first_row + i] = NOBODY
                 logits.append(self._read(first_row + i, group, members, [branches[m] for m in members]))
-        except BaseException:
-            self.free(branches)
-            self._drop_empty_rows()
-            raise
+            undo.pop_all()
         return torch.cat(logits)
 
     def step(self, branches: Sequence[int], token_ids: Sequence[int]) -> Tensor:
