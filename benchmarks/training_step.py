@@ -26,7 +26,7 @@ from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
 from llava.prompt.processor import IGNORE_LABEL, Encoded
 from llava.train.loop import Trainer
-from llava.train.recipe import OptimSection, TuneSection
+from llava.train.sections import OptimSection, TuneSection
 from llava.train.stages import apply_stage
 
 IMAGE, PATCHES, PICTURES, TURNS = 959, 64, 12, 12

@@ -15,7 +15,7 @@ from llava.data.packing import Tree, grow_trees
 from llava.model.llava import Llava
 from llava.prompt.processor import IGNORE_LABEL, Encoded
 from llava.train.loop import Trainer
-from llava.train.recipe import OptimSection
+from llava.train.sections import OptimSection
 from tests.train.tiny_training import IMAGE_ID, grow, make_conversation, make_mixed_conversations, separately
 
 

@@ -9,7 +9,7 @@ import torch
 
 from llava.model.llava import Llava
 from llava.train.optimizer import build_optimizer, clip_gradients, rate_share, set_rate
-from llava.train.recipe import OptimSection, TuneSection
+from llava.train.sections import OptimSection, TuneSection
 from llava.train.stages import apply_stage
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from llava.errors import RecipeError
-from llava.train.recipe import Recipe, check_recipe, load_recipe, recipe_schema, shipped_recipes
+from llava.train.recipe import check_recipe, load_recipe, recipe_schema, shipped_recipes
+from llava.train.sections import Recipe
 
 MINIMAL = """\
 model:
@@ -57,7 +58,7 @@ def test_an_unknown_section_names_the_sections(tmp_path: Path) -> None:
         ("optim.learning_rate=-1.0", "greater than 0"),
         ("optim.epochs='3'", "optim.epochs: '3'"),
         ("run.keep=0", "run.keep: 0"),
-        ("tune.projector=lora", "tune.projector: 'lora'"),
+        ("tune.projector=thawed", "tune.projector: 'thawed'"),
         ("data.files=mix.json", "data.files: 'mix.json'"),
         ("optim.learning_rat=1", "did you mean 'learning_rate'"),
         ("optim", "an override is section.key=value"),

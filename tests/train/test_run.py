@@ -18,8 +18,9 @@ from llava.train.loop import StepRecord
 from llava.train.metrics import read_metrics
 from llava.train.prepare import prepare_run
 from llava.train.progress import RunInfo, Sample, Watcher
-from llava.train.recipe import Recipe, load_recipe
+from llava.train.recipe import load_recipe
 from llava.train.run import RunStoppedError, run_recipe
+from llava.train.sections import Recipe
 from tests.train.tiny_training import write_tiny_bases
 
 COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220)}

@@ -7,7 +7,7 @@ import torch
 
 from llava.errors import TrainingError
 from llava.model.llava import Llava
-from llava.train.recipe import TuneSection
+from llava.train.sections import TuneSection
 from llava.train.stages import apply_stage, check_reached, describe_stage
 
 

@@ -13,7 +13,7 @@ from llava.data.loader import GlobalStep, Layout, lay_out
 from llava.errors import TrainingError
 from llava.model.llava import Llava
 from llava.train.loop import Trainer
-from llava.train.recipe import OptimSection, TuneSection
+from llava.train.sections import OptimSection, TuneSection
 from llava.train.stages import apply_stage
 from llava.train.state import collect_tensors, list_checkpoints, load_newest, restore_tensors, save_state
 from tests.train.tiny_training import IMAGE_ID, grow, make_mixed_conversations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llava.train.recipe import Recipe
+    from llava.train.sections import Recipe
 
 
 def train(

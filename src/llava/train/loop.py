@@ -23,7 +23,7 @@ from llava.model.llava import Llava
 from llava.model.tree_attention import enable_tree_attention
 from llava.train.loss import answer_loss
 from llava.train.optimizer import build_optimizer, clip_gradients, rate_share, set_rate
-from llava.train.recipe import OptimSection
+from llava.train.sections import OptimSection
 from llava.train.stages import check_reached
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.train.recipe import OptimSection
+from llava.train.sections import OptimSection
 from llava.train.stages import Part, part_of
 
 

@@ -18,7 +18,7 @@ from llava.model.tree_attention import enable_tree_attention
 from llava.prompt.processor import Processor
 from llava.train.loop import Trainer
 from llava.train.progress import RunInfo
-from llava.train.recipe import Recipe
+from llava.train.sections import Recipe
 from llava.train.stages import PartSummary, apply_stage, describe_stage
 
 

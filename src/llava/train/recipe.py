@@ -1,9 +1,10 @@
-"""Recipes: what a training run is, as data. One YAML file, five sections, every key known, every error with its line.
+"""Reading recipes: YAML with line numbers, `extends:` once, overrides, shipped names, and errors that say where.
 
     recipe = load_recipe("quickstart-align", ["optim.learning_rate=1e-3"])
 
-A recipe may say `extends: other.yaml` once; the other one may not extend again, so two files tell the whole story.
-Not covered: whether the files that a recipe names exist (train/run.py looks before it starts).
+A recipe may say `extends: other.yaml` once; the other one may not extend again, so two files tell the whole story. What
+may stand in a recipe is in train/sections.py. Not covered: whether the files that a recipe names exist
+(train/prepare.py looks before the run starts).
 """
 
 from __future__ import annotations
@@ -13,156 +14,13 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from llava.errors import RecipeError, name_nearest
-
-Rate = Annotated[float, Field(gt=0, le=10)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, strings are not turned into numbers, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-
-
-class ModelSection(Section):
-    """What the run starts from: an existing LLaVA (`path`), or a language model and a vision tower (stage 1)."""
-
-    path: str | None = Field(
-        default=None, description="A LLaVA folder or hub id to start from (stage 2 starts from stage 1's)."
-    )
-    language_model: str | None = Field(
-        default=None, description="A language model folder or hub id (with vision_tower)."
-    )
-    vision_tower: str | None = Field(
-        default=None, description="A CLIP or SigLIP folder or hub id (with language_model)."
-    )
-    base: str | None = Field(default=None, description="The language model beneath a projector-only or LoRA `path`.")
-    projector: str = Field(default="mlp2x_gelu", description="linear, mlpNx_gelu or identity; only for a new model.")
-    match_embedding_scale: bool = Field(
-        default=False,
-        description="Scale a new projector's output to the spread of the word embeddings; only for a new model.",
-    )
-    vision_feature_layer: int | None = Field(
-        default=None, description="The tower's hidden state to read; only for a new model."
-    )
-    image_mode: Literal["pad", "crop", "squash", "anyres"] | None = Field(
-        default=None, description="How a picture is brought to the tower's size; only for a new model."
-    )
-    template: str | None = Field(
-        default=None, description="The chat template of training (`llava train` saves it in the model)."
-    )
-
-    @model_validator(mode="after")
-    def _one_start(self) -> ModelSection:
-        if self.path is None and (self.language_model is None or self.vision_tower is None):
-            raise ValueError("give `path`, or both `language_model` and `vision_tower`")
-        if self.path is not None and (self.language_model is not None or self.vision_tower is not None):
-            raise ValueError("`path` is a whole LLaVA: drop `language_model` and `vision_tower`, or drop `path`")
-        return self
-
-
-class DataSection(Section):
-    """Which conversations, and how they are laid into rows."""
-
-    files: list[str] = Field(min_length=1, description="LLaVA JSON or JSONL files, read one after another.")
-    images: str | None = Field(
-        default=None, description="The folder that picture paths begin in; default: the file's folder."
-    )
-    template: str | None = Field(
-        default=None, description="Another template for this run's text only (stage 1 of LLaVA-1.5 trains on `plain`)."
-    )
-    max_tokens: Count = Field(default=2048, description="The longest conversation, pictures included.")
-    too_long: Literal["error", "drop"] = Field(
-        default="error", description="What to do with a longer one; drops are counted."
-    )
-    row_tokens: Count = Field(default=4096, description="The longest row that conversations are packed into.")
-    group_by_picture: bool = Field(
-        default=True, description="Conversations on one picture share its tokens in one tree."
-    )
-    conversations_per_tree: Count = Field(
-        default=12, description="At most so many conversations share a picture's tokens."
-    )
-    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="Threads that prepare batches ahead; 0: none.")
-
-
-class TuneSection(Section):
-    """What learns. A frozen part keeps its weights; `full` trains every weight that the loss reaches."""
-
-    vision_tower: Literal["frozen", "full"] = "frozen"
-    projector: Literal["frozen", "full"] = "full"
-    language_model: Literal["frozen", "full"] = "frozen"
-
-    @model_validator(mode="after")
-    def _something_learns(self) -> TuneSection:
-        if "full" not in (self.vision_tower, self.projector, self.language_model):
-            raise ValueError("every part is frozen; set one of vision_tower, projector, language_model to full")
-        return self
-
-
-class OptimSection(Section):
-    """AdamW and its schedule. A global step holds `batch_conversations` conversations whatever the layout."""
-
-    learning_rate: Rate = Field(description="Peak learning rate of every trained part that has none of its own.")
-    projector_learning_rate: Rate | None = None
-    vision_tower_learning_rate: Rate | None = None
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_share: Share = Field(default=0.03, description="Share of all steps over which the rate rises from 0.")
-    final_share: Share = Field(default=0.0, description="The rate at the last step, as a share of the peak.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    batch_conversations: Count = Field(
-        default=128, description="Conversations in one global step, all processes together."
-    )
-    epochs: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Count | None = Field(default=None, description="Stop after so many steps even if epochs remain.")
-
-
-class RunSection(Section):
-    """Where, with what, how often."""
-
-    out: str | None = Field(default=None, description="The run's folder; it becomes a model that `llava chat` opens.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="What matrix products are computed in."
-    )
-    micro_batch_tokens: Count = Field(
-        default=16384, description="At most so many tokens (with padding) go forward at once."
-    )
-    log_every: Count = 1
-    save_every: Count = Field(default=500, description="Steps between checkpoints that a later run resumes from.")
-    keep: Count = Field(default=2, description="How many checkpoints stay on disk.")
-    max_bad_steps: Count = Field(
-        default=10, description="Give up after so many steps in a row with a non-finite gradient."
-    )
-    sample_every: Count | None = Field(default=None, description="Steps between sample answers; default: none.")
-    sample_images: list[str] = Field(default_factory=list, description="Pictures to answer about while training.")
-    sample_questions: list[str] = Field(default_factory=lambda: ["Describe the picture."])
-
-
-class Recipe(Section):
-    """A whole run. `description` is what `llava recipe list` shows."""
-
-    description: str = ""
-    model: ModelSection
-    data: DataSection
-    tune: TuneSection = TuneSection()
-    optim: OptimSection
-    run: RunSection = RunSection()
-
-    def as_yaml(self) -> str:
-        """The resolved recipe: every key with its value, so that the run can be repeated from this text alone."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+from llava.train.sections import Recipe
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -34,8 +34,8 @@ from llava.train.loop import StepRecord
 from llava.train.metrics import MetricsLog, draw_loss, read_metrics
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
-from llava.train.recipe import Recipe
 from llava.train.samples import answer_samples
+from llava.train.sections import Recipe
 from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state, write_durably
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 
 from llava.errors import TrainingError
 from llava.model.llava import Llava
-from llava.train.recipe import TuneSection
+from llava.train.sections import TuneSection
 
 Part = Literal["vision_tower", "projector", "language_model"]
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
