@@ -150,3 +150,14 @@ def test_dropped_conversations_are_counted() -> None:
     (step,) = list(loader)
     assert step.dropped == 2
     assert len(step.conversations) == 4
+
+
+def test_a_plan_of_like_lengths_and_one_in_file_order_follow_their_order() -> None:
+    lengths = (5, -3, 9, 1, -8, 2)
+    grouped = StepPlan(make_groups([1] * 6), 2, 0, order="grouped_by_length", lengths=lengths)
+    steps = [[lengths[n] for group in grouped.groups_of(step) for n in group] for step in range(3)]
+    assert sorted(length for step in steps for length in step) == sorted(lengths)
+    assert sum(min(step) > 0 or max(step) < 0 for step in steps) >= 1
+    in_order = StepPlan(make_groups([1] * 6), 4, 0, order="file", epochs=2.0)
+    first = [(0,), (1,), (2,), (3,)]
+    assert [in_order.groups_of(step) for step in (0, 1, 2)] == [first, [(4,), (5,)], first]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llava.data.batch import Batch, build_batch
+from llava.data.order import Order, order_groups
 from llava.data.packing import Tree, fit_rows, grow_trees
 from llava.errors import TrainingError
 from llava.prompt.processor import Encoded
@@ -48,13 +49,18 @@ class GlobalStep:
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """Which groups each step holds. Every epoch shuffles all groups anew and ends with a step of what is left."""
+    """Which groups each step holds. Every epoch orders all groups anew and ends with a step of what is left.
+
+    lengths: one a group, for order "grouped_by_length" only (`llava.data.order.signed_lengths`).
+    """
 
     groups: Sequence[Group]
     batch_conversations: int
     seed: int
     epochs: float = 1.0
     max_steps: int | None = None
+    order: Order = "shuffled"
+    lengths: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         assert all(len(group) <= self.batch_conversations for group in self.groups), "a group fills more than a step"
@@ -94,7 +100,14 @@ class StepPlan:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its run
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=epoch)).permutation(len(self.groups))
+        return order_groups(
+            self.order,
+            len(self.groups),
+            seed=self.seed,
+            epoch=epoch,
+            lengths=self.lengths,
+            batch_size=self.batch_conversations,
+        )
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _bounds(self, epoch: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ import torch
 from llava.checkpoint.load import Loaded, build, load
 from llava.data.encoding import GroupEncoder
 from llava.data.loader import Layout, Loader, StepPlan
+from llava.data.order import signed_lengths
 from llava.data.sources import ConversationSet, read_conversations, resolve_image
 from llava.distributed import pick_device, pick_dtype, world_size
 from llava.errors import DataError, RecipeError, TrainingError
@@ -145,12 +146,15 @@ def _with_prompt_settings(loaded: Loaded, *, template: str | None, image_mode: s
 def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet) -> Loader:
     data, optim = recipe.data, recipe.optim
     limit = min(data.conversations_per_tree, optim.batch_conversations) if data.group_by_picture else 1
+    groups = conversations.group_by_picture(limit=limit)
     plan = StepPlan(
-        conversations.group_by_picture(limit=limit),
+        groups,
         optim.batch_conversations,
         recipe.run.seed,
         epochs=optim.epochs,
         max_steps=optim.max_steps,
+        order=data.order,
+        lengths=signed_lengths(conversations, groups) if data.order == "grouped_by_length" else (),
     )
     processor = loaded.processor if data.template is None else loaded.processor.with_template(data.template)
     encode = GroupEncoder(conversations, processor, max_tokens=data.max_tokens, drop_too_long=data.too_long == "drop")

@@ -115,12 +115,18 @@ class DataSection(Section):
     conversations_per_tree: Count = Field(
         default=12, description="At most so many conversations share a picture's tokens."
     )
+    order: Literal["shuffled", "grouped_by_length", "file"] = Field(
+        default="shuffled",
+        description="The order of an epoch; grouped_by_length: steps of one modality and like length, as in LLaVA.",
+    )
     workers: Annotated[int, Field(ge=0)] = Field(default=2, description="Threads that prepare batches ahead; 0: none.")
 
     @model_validator(mode="after")
     def _something_to_read(self) -> DataSection:
         if not self.files and not self.sources:
             raise ValueError("no data: name `files` (or `sources`, each with a format, images and weight)")
+        if self.order == "grouped_by_length" and self.group_by_picture:
+            raise ValueError("order grouped_by_length sorts single conversations: set group_by_picture to false")
         return self
 
 
