@@ -6,8 +6,6 @@ backward, guards, clip, AdamW. Where the batches come from and when to save is t
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,15 +16,13 @@ from torch import Tensor
 
 from llava.data.batch import Batch
 from llava.data.loader import GlobalStep
-from llava.errors import TrainingError
 from llava.model.llava import Llava
 from llava.model.tree_attention import enable_tree_attention
+from llava.train.guards import StepGuard
 from llava.train.loss import answer_loss
 from llava.train.optimizer import build_optimizer, clip_gradients, rate_share, set_rate
 from llava.train.sections import OptimSection
 from llava.train.stages import check_reached
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,8 @@ class StepRecord:
 
     loss: mean over the step's answer tokens; learning_rate: of the first group; grad_norm: before clipping;
     tokens: without padding, positions: with it; seconds: of the step itself; waited_seconds: for the loader before it;
-    skipped: the weights were left alone because the gradient was not finite.
+    skipped: the weights were left alone because the gradient was not finite; overflowed: because float16's loss scale
+        was too high, which is no fault of the data.
     """
 
     step: int
@@ -51,6 +48,7 @@ class StepRecord:
     seconds: float
     waited_seconds: float
     skipped: bool
+    overflowed: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,8 +73,7 @@ class Trainer:
         self._optim = optim
         self._total_steps = total_steps
         self._dtype = dtype
-        self._max_bad_steps = max_bad_steps
-        self._bad_in_a_row = 0
+        self.guard = StepGuard(max_bad_steps=max_bad_steps, dtype=dtype)
         self._reach_checked = False
         # 3x less time in attention than with the mask; families that cannot take the mask.
         self._by_trees = enable_tree_attention(model.language_model)
@@ -99,15 +96,15 @@ class Trainer:
         answer_tokens = step.num_answer_tokens
         summed = self._accumulate(step.micro_batches, answer_tokens) if answer_tokens else 0.0
         loss = summed / max(answer_tokens, 1)
+        self.guard.unscale(self._trained)
         grad_norm = clip_gradients(self._trained, self._optim.max_grad_norm) if answer_tokens else 0.0
-        healthy = math.isfinite(loss) and math.isfinite(grad_norm)
-        if healthy and answer_tokens:
+        verdict = self.guard.judge(step.step + 1, loss=loss, grad_norm=grad_norm, conversations=step.conversations)
+        if verdict == "good" and answer_tokens:
             if not self._reach_checked and any(batch.pixel_values is not None for batch in step.micro_batches):
                 check_reached(self.model)
                 self._reach_checked = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count_bad(step, healthy=healthy, loss=loss, grad_norm=grad_norm)
         self.done = step.step + 1
         return StepRecord(
             step=step.step + 1,
@@ -122,7 +119,8 @@ class Trainer:
             dropped=step.dropped,
             seconds=time.perf_counter() - started,
             waited_seconds=waited_seconds,
-            skipped=not healthy or not answer_tokens,
+            skipped=verdict != "good" or not answer_tokens,
+            overflowed=verdict == "overflow",
         )
 
     def _accumulate(self, batches: Sequence[Batch], answer_tokens: int) -> float:
@@ -132,7 +130,7 @@ class Trainer:
             if not batch.num_answer_tokens:
                 continue
             loss = self.summed_loss(batch.to(self.device))
-            torch.autograd.backward(loss / answer_tokens)
+            torch.autograd.backward(loss * self.guard.scale / answer_tokens)
             summed += loss.detach().double().cpu()
         return float(summed)
 
@@ -154,17 +152,3 @@ class Trainer:
         if self._dtype in (torch.float32, torch.float64):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
-
-    def _count_bad(self, step: GlobalStep, *, healthy: bool, loss: float, grad_norm: float) -> None:
-        """Give up when the gradient has not been finite for too many steps in a row."""
-        if healthy:
-            self._bad_in_a_row = 0
-            return
-        self._bad_in_a_row += 1
-        what = f"step {step.step + 1}: loss {loss}, gradient norm {grad_norm}"
-        if self._bad_in_a_row >= self._max_bad_steps:
-            raise TrainingError(
-                f"{what}: not finite for {self._bad_in_a_row} steps in a row (conversations {step.conversations[:4]} "
-                "...); lower optim.learning_rate, or look at these conversations with `llava data check`"
-            )
-        _log.warning("%s; the weights were left alone (conversations %s ...)", what, step.conversations[:4])
