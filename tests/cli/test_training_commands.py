@@ -34,16 +34,6 @@ def test_recipe_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
 
 
-def test_data_check_says_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", str(write_data(tmp_path)), "--images", str(tmp_path)]) == 0
-    assert "no problems" in capsys.readouterr().out
-
-
-def test_data_check_with_problems_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", str(write_data(tmp_path, answer=""))]) == 2
-    assert "mix.json:1 (record 0): an answer is empty" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -1,20 +1,25 @@
 """`data check`: every problem found in one pass, each with its place and its way out."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava.data.check import check_conversations, histogram
+from llava.data.check import CheckLimits, Report, Sharing, check_conversations
+from llava.data.check_findings import KINDS
 from llava.data.encoding import GroupEncoder
+from llava.data.packing import grow_trees
 from llava.data.sources import ConversationSet, read_conversations
 from llava.errors import DataError
 from llava.prompt.images import ImageSettings
 from llava.prompt.processor import Processor
 from llava.prompt.tokenizer import load_tokenizer
 
+TURNS = [{"from": "human", "value": "Colour?"}, {"from": "gpt", "value": "Red."}]
 TOKENIZER = Path(__file__).parent.parent / "golden" / "prompt" / "tokenizers" / "vicuna-tiny-v1.5"
 
 
@@ -43,60 +48,192 @@ def write(folder: Path, *records: object) -> Path:
     return path
 
 
+def write_hostile(folder: Path) -> None:
+    """Pictures that must not open, and one of a single pixel."""
+    Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "truncated.jpg")
+    whole = (folder / "truncated.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "page.jpg").write_text("<html>404</html>")
+    (folder / "empty.jpg").write_bytes(b"")
+    Image.new("L", (2010, 10)).save(folder / "thin.png")
+    Image.new("L", (9000, 9000)).save(folder / "bomb.png")
+    Image.new("L", (1, 1)).save(folder / "one.png")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+
+
+def check(path: Path, processor: Processor | None = None, **limits: Any) -> Report:
+    return check_conversations(
+        ConversationSet([read_conversations(path)]), processor=processor, limits=CheckLimits(**limits)
+    )
+
+
+def kinds(report: Report) -> list[str]:
+    return [kind for kind, _ in report.log.by_kind()]
+
+
+def findings(report: Report) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in report.log.lines()]
+
+
 def test_a_good_data_set_has_no_problems_and_is_counted(tmp_path: Path, processor: Processor) -> None:
-    path = write(tmp_path, record(), record(question="Which?"), record(image=None))
-    report = check_conversations(read_conversations(path), processor=processor)
+    report = check(write(tmp_path, record(), record(question="Which?"), record(image=None)), processor)
     assert report.ok
-    assert (report.records, report.turns, report.pictures, report.text_only) == (3, 6, 1, 1)
-    assert len(report.tokens) == 3
-    assert report.answer_tokens > 0
-    assert list(report.lines())[-1] == "no problems"
+    summary = report.summary()
+    assert (summary["records"], summary["turns"]["all"], summary["text_only"]) == (3, 6, 1)
+    assert summary["pictures"] == {"distinct": 1, "mentions": 2, "opened": 1}
+    assert summary["turns"]["by_role"] == {"user": 3, "assistant": 3}
+    assert summary["tokens"]["supervised"] > 0
+    assert list(report.log.lines()) == []
 
 
-@pytest.mark.parametrize(
-    ("bad", "kind", "says"),
-    [
-        (record("missing.png"), "picture", "missing.png does not exist; fix the path"),
-        (record("broken.png"), "picture", "broken.png"),
-        (record("../good.png"), "record", "leaves the image folder"),
-        (record(answer=" "), "empty answer", "an answer is empty"),
-        ({"conversations": [{"from": "human", "value": "Hello"}]}, "nothing to learn", "no answer in it"),
-        ({"conversations": [{"from": "alien", "value": "Hello"}]}, "record", "alien"),
-        ({"image": "good.png", "conversations": [{"from": "human", "value": "no mark"}]}, "record", "1 picture but 0"),
-        ({}, "record", "conversations"),
-        ([1], "record", "must be an object"),
-        (record(answer="long " * 60), "too long", "over 100; shorten it"),
-    ],
-)
-def test_each_problem_is_named_with_its_line(
+BAD: list[tuple[object, str, str]] = [
+    (record("missing.png"), "missing picture", "missing.png: no such file; fix the path"),
+    (record("broken.png"), "unreadable picture", "broken.png"),
+    (record("truncated.jpg"), "unreadable picture", "truncated.jpg: damaged"),
+    (record("page.jpg"), "not a picture", "page.jpg: not a JPEG"),
+    (record("empty.jpg"), "not a picture", "empty.jpg: empty"),
+    (record("thin.png"), "picture too large", "ratio may be 200 to 1"),
+    (record("bomb.png"), "picture too large", "make it smaller"),
+    (record("folder"), "unreadable picture", "not a regular file"),
+    (record("pipe"), "unreadable picture", "not a regular file"),
+    (record("../good.png"), "escaping path", "leaves the image folder"),
+    (record("/etc/passwd"), "escaping path", "leaves the image folder"),
+    (record(answer=" "), "empty answer", "turn 2: an answer is empty"),
+    ({"conversations": [{"from": "human", "value": "Hello"}]}, "nothing to learn", "no answer in it"),
+    ({"conversations": [{"from": "alien", "value": "Hello"}]}, "roles", "alien"),
+    ({"conversations": [{"from": "human", "value": "a"}] * 2}, "roles", "turns must alternate"),
+    ({"image": "good.png", "conversations": [{"from": "human", "value": "no mark"}]}, "marks and pictures", "but 0"),
+    (record(question="<image> <image>"), "marks and pictures", "1 picture but 3 <image>"),
+    ({}, "malformed record", "conversations"),
+    ([1], "malformed record", "must be an object"),
+    (record(answer="long " * 60), "too long", "(4 of them pictures), over 100"),
+]
+
+
+@pytest.mark.parametrize(("bad", "kind", "says"), BAD, ids=[f"{kind}-{says}" for _, kind, says in BAD])
+def test_each_error_is_named_with_its_file_line_and_kind(
     tmp_path: Path, processor: Processor, bad: object, kind: str, says: str
 ) -> None:
-    path = write(tmp_path, record(), bad, record())
-    report = check_conversations(read_conversations(path), processor=processor, max_tokens=100)
-    assert [found for found, _ in report.problems] == [kind]
-    message = report.problems[0][1]
-    assert says in message
-    assert "mix.jsonl:2" in message
+    path = write(tmp_path, record(), bad, record(question="Which?"))
+    write_hostile(tmp_path)
+    report = check(path, processor, max_tokens=100)
+    assert kinds(report) == [kind]
+    (entry,) = findings(report)
+    assert (entry["file"], entry["line"], entry["record"]) == (str(path), 2, 1)
+    assert entry["severity"] == "error"
+    assert says in entry["message"]
+    assert report.num_bad == 1
+    assert report.stops_a_run
 
 
-def test_nothing_stops_at_the_first_problem(tmp_path: Path) -> None:
-    path = write(tmp_path, record("missing.png"), {}, record("missing.png"), record("broken.png"))
-    report = check_conversations(read_conversations(path))
-    assert len(report.problems) == 3, "a missing picture is named once, at its first mention"
-    assert report.records == 4
+ODD: list[tuple[object, str]] = [
+    ({"conversations": [{"from": "gpt", "value": "I start."}, *TURNS]}, "opens with an answer"),
+    ({"conversations": [*TURNS, {"from": "human", "value": "And?"}]}, "ends with a question"),
+    ({"conversations": [{"from": "human", "value": " "}, TURNS[1]]}, "empty question"),
+    ({"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}, "mark in words"),
+    (record("one.png"), "tiny picture"),
+    (record(), "duplicate"),
+]
 
 
-def test_the_report_shortens_a_long_list(tmp_path: Path) -> None:
-    report = check_conversations(read_conversations(write(tmp_path, *[{} for _ in range(30)])))
-    lines = list(report.lines(shown=5))
-    assert lines[5] == "... and 25 more problems"
-    assert lines[-1] == "30 record"
+@pytest.mark.parametrize(("odd", "kind"), ODD, ids=[kind for _, kind in ODD])
+def test_what_is_odd_is_a_warning_and_no_conversation_is_lost(
+    tmp_path: Path, processor: Processor, odd: object, kind: str
+) -> None:
+    path = write(tmp_path, record(), odd)
+    write_hostile(tmp_path)
+    report = check(path, processor)
+    assert kinds(report) == [kind]
+    assert report.ok
+    assert report.num_bad == 0
+    assert [(entry["severity"], entry["line"]) for entry in findings(report)] == [("warning", 2)]
 
 
-def test_the_histogram_counts_every_value() -> None:
-    values = [1, 1, 2, 50, 100]
-    lines = list(histogram(values, bins=4))
-    assert sum(int(line.split()[3]) for line in lines) == len(values)
+def test_every_kind_of_finding_is_tested() -> None:
+    others = {"web address", "does not fit the template", "left out", "cut"}
+    assert {kind for _, kind, _ in BAD} | {kind for _, kind in ODD} | others == set(KINDS)
+
+
+def test_nothing_stops_at_the_first_problem_and_each_record_is_listed(tmp_path: Path) -> None:
+    report = check(write(tmp_path, record("missing.png"), {}, record("missing.png"), record("broken.png")))
+    listed = [(entry["line"], entry["kind"]) for entry in findings(report)]
+    assert listed == [
+        (1, "missing picture"),
+        (2, "malformed record"),
+        (3, "missing picture"),
+        (3, "duplicate"),
+        (4, "unreadable picture"),
+    ]
+
+
+def test_a_picture_is_decoded_once_however_often_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava.data import check as module
+
+    looked: list[object] = []
+    look = module.look_at
+
+    def counting(image: Any, **how: Any) -> Any:
+        looked.append(image.source)
+        return look(image, **how)
+
+    monkeypatch.setattr(module, "look_at", counting)
+    report = check(write(tmp_path, *[record(question=f"Number {n}?") for n in range(30)]), conversations_per_tree=4)
+    assert len(looked) == 1
+    assert report.sharing == Sharing(30, 8, None, None), "eight groups of at most four"
+
+
+def test_headers_alone_miss_a_truncated_picture_and_say_sizes_all_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, record("truncated.jpg"))
+    write_hostile(tmp_path)
+    conversations = ConversationSet([read_conversations(path)])
+    report = check_conversations(conversations, decode=False)
+    assert report.ok
+    assert list(report.widths) == list(report.heights) == [64]
+
+
+def test_sharing_is_counted_with_the_trees_that_a_run_grows(tmp_path: Path, processor: Processor) -> None:
+    shown = [record(question=f"Number {n}?") for n in range(5)]
+    path = write(tmp_path, *shown, record(image=None), record("missing.png"), record(answer="long " * 60))
+    report = check(path, processor, max_tokens=100, too_long="drop")
+    conversations = ConversationSet([read_conversations(path)])
+    alone = [processor.encode(conversations[n]) for n in range(6)]
+    trees = grow_trees(alone[:5], image_token_id=processor.image_token_id, max_tokens=4096)
+    shared = sum(tree.num_tokens for tree in trees) + len(alone[5].input_ids)
+    total = sum(len(one.input_ids) for one in alone)
+    assert report.sharing == Sharing(5, 1, total, shared)
+    assert shared < total
+    assert dict(report.log.by_kind()) == {"missing picture": 1, "left out": 1}
+
+
+def test_a_cut_conversation_counts_with_what_is_left(tmp_path: Path, processor: Processor) -> None:
+    report = check(write(tmp_path, record(), record(answer="long " * 60)), processor, max_tokens=100, too_long="truncate")
+    assert report.sharing.tokens_alone is not None
+
+
+def test_what_a_template_cannot_hold_is_named(tmp_path: Path, processor: Processor) -> None:
+    report = check(write(tmp_path, record(), record(image=None)), processor.with_template("plain"))
+    assert kinds(report) == ["does not fit the template"]
+    assert "takes one picture and its caption" in findings(report)[0]["message"]
+
+
+def test_the_limits_are_those_of_a_recipe() -> None:
+    from llava.train.sections import DataSection, OptimSection
+
+    here = {key: value for key, value in vars(CheckLimits()).items() if key != "batch_conversations"}
+    data = DataSection(files=["mix.json"])
+    assert here == {key: getattr(data, key) for key in here}
+    assert CheckLimits().batch_conversations == OptimSection(learning_rate=1e-3).batch_conversations
+
+
+def test_the_json_holds_figures_and_every_finding(tmp_path: Path) -> None:
+    report = check(write(tmp_path, record(), *[{} for _ in range(100)]))
+    report.log.write_json(tmp_path / "check.json", report.summary())
+    written = json.loads((tmp_path / "check.json").read_text())
+    assert written["records"] == 101
+    assert written["kinds"] == {"malformed record": 100}
+    assert [entry["line"] for entry in written["findings"]] == list(range(2, 102))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_group_decodes_its_picture_once(

@@ -1,51 +1,93 @@
-"""`llava data check FILE --images DIR`: every record and every picture, before hours are spent on them."""
+"""`llava data check | show | convert`: look at a data set before hours are spent on it, or write it anew."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Check a data set before hours are spent on it.")
+app = typer.Typer(no_args_is_help=True, help="Check, show and convert data sets.")
+
+_Images = Annotated[Path | None, typer.Option(help="The folder that picture paths begin in (default: the file's own).")]
+_Model = Annotated[str | None, typer.Option(help="A model folder or hub id: tokens as it would see them.")]
+_Template = Annotated[str | None, typer.Option(help="Another chat template than the model's own.")]
 
 
 @app.callback()
 def _data() -> None:
-    """Check a data set before hours are spent on it."""
+    """Check, show and convert data sets."""
 
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="A LLaVA JSON or JSONL file.")],
-    images: Annotated[Path | None, typer.Option(help="The folder that picture paths begin in.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder: counts tokens as it would see them.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Name conversations that are longer.")] = None,
-    show: Annotated[int, typer.Option(min=0, help="How many problems to print.")] = 20,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Conversation files, of any format.")],
+    images: _Images = None,
+    model: _Model = None,
+    template: _Template = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The longest conversation, pictures included (default 2048).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for check.json and check.html.")] = Path("data-check"),
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Read pictures' headers only: quick, but truncated files are not seen.")
+    ] = False,
+    show: Annotated[int, typer.Option(min=0, help="How many findings to print; all are in check.json.")] = 20,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 4,
 ) -> None:
-    """Read every record and open every picture; exit code 2 when there are problems."""
+    """Read every record, open every picture, and say what is wrong; exit code 2 when a run would leave something out.
+
+    Writes every finding to check.json, and a page with pictures, histograms and coloured tokens to check.html.
+    """
+    import time
+    import warnings
+
+    from PIL.Image import DecompressionBombWarning
+
+    from llava.cli.data_opening import open_files
+    from llava.cli.data_tables import finding_lines, make_console, print_report
     from llava.data.check import check_conversations
-    from llava.data.sources import read_conversations
-    from llava.errors import UsageError
 
-    if images is not None and not images.is_dir():
-        raise UsageError(f"--images {images}: no such folder")
-    processor = None
-    if model is not None:
-        from llava.checkpoint.load import find_folder
-        from llava.prompt.processor import Processor
-
-        processor = Processor.load(find_folder(model))
-
-    def tell(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            typer.echo(f"\r{done:,}/{total:,}", nl=done == total, err=True)
-
-    opened = read_conversations(file, image_root=images)
-    report = check_conversations(opened, processor=processor, max_tokens=max_tokens, workers=workers, progress=tell)
-    for line in report.lines(shown=show):
+    # The picture reader has limits of its own, and names the record; Pillow's warning does not.
+    warnings.filterwarnings("ignore", category=DecompressionBombWarning)
+    opened = open_files(files, images=images, model=model, template=template, max_tokens=max_tokens)
+    begun = time.monotonic()
+    with _progress("checking") as tell:
+        report = check_conversations(
+            opened.conversations,
+            processor=opened.processor,
+            limits=opened.limits,
+            decode=not headers,
+            workers=workers,
+            progress=tell,
+        )
+    console = make_console()
+    for line in finding_lines(report, show):
         typer.echo(line)
+    print_report(report, console)
+    out.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "model": opened.model or None,
+        "template": None if opened.processor is None else opened.processor.template.name,
+        "pictures_decoded": not headers,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    report.log.write_json(out / "check.json", {**report.summary(), **facts})
+    typer.echo(f"every finding: {out / 'check.json'}")
     if not report.ok:
         raise typer.Exit(2)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time that is left, on a terminal's standard error; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,156 +1,321 @@
 """Look at every record and every picture of a data set before hours are spent on it.
 
-Problems come with file, line, value and the way out; nothing stops at the first. With a processor the tokens are
-counted too: a histogram, the longest conversation, and answers that teach nothing.
+    report = check_conversations(ConversationSet([read_conversations("mix.json")]), processor=processor)
+    report.log.write_json(Path("check.json"), report.summary())
+
+All of it is read: each record parsed, each picture decoded once, and with a processor each conversation tokenised as a
+run would do it. Conversations go through in the loader's groups (those on one picture together), so what prefix
+sharing saves is counted with the trees that a run would grow, not estimated. Nothing stops at the first problem. Memory
+is some 200 bytes a record and picture; neither texts nor pixels are kept.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import hashlib
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
-from llava.data.sources import ConversationFile
-from llava.errors import LlavaError
-from llava.prompt.conversation import Conversation, Image
-from llava.prompt.images import decode_image
-from llava.prompt.processor import Processor
+import numpy as np
+from numpy.typing import NDArray
+
+from llava.data.check_figures import CheckLimits as CheckLimits
+from llava.data.check_figures import Report as Report
+from llava.data.check_figures import Sharing as Sharing
+from llava.data.check_findings import Finding, kind_of
+from llava.data.packing import grow_trees
+from llava.data.sources import ConversationSet
+from llava.errors import ImageError, LlavaError, PromptError
+from llava.prompt.conversation import IMAGE_MARK, Conversation, Image
+from llava.prompt.images import ImageLimits, decode_image, read_size
+from llava.prompt.processor import Encoded, PreparedImage, Processor
+from llava.prompt.tiling import Size
 
 _AT_ONCE = 256
-
-
-@dataclass
-class Report:
-    """What was found. problems: (kind, message); tokens: one count a conversation, empty without a processor."""
-
-    records: int = 0
-    turns: int = 0
-    text_only: int = 0
-    pictures: int = 0
-    picture_mentions: int = 0
-    answer_tokens: int = 0
-    tokens: list[int] = field(default_factory=list)
-    problems: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def lines(self, *, shown: int = 20) -> Iterator[str]:
-        """The report as text: the first `shown` problems, the counts, the histogram."""
-        for kind, message in self.problems[:shown]:
-            yield f"{kind}: {message}"
-        if len(self.problems) > shown:
-            yield f"... and {len(self.problems) - shown} more problems"
-        per_picture = f", {self.picture_mentions / self.pictures:.1f} conversations each" if self.pictures else ""
-        yield (
-            f"{self.records:,} records, {self.turns:,} turns, {self.text_only:,} without a picture; "
-            f"{self.pictures:,} pictures{per_picture}"
-        )
-        if self.tokens:
-            longest, mean = max(self.tokens), sum(self.tokens) / len(self.tokens)
-            yield (
-                f"tokens: {sum(self.tokens):,} in all, {mean:.0f} on average, longest {longest:,}; "
-                f"{self.answer_tokens / max(sum(self.tokens), 1):.0%} of them answers"
-            )
-            yield from histogram(self.tokens)
-        counts = Counter(kind for kind, _ in self.problems)
-        yield ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "no problems"
+_TINY_SIDE = 10
 
 
 def check_conversations(
-    file: ConversationFile,
+    conversations: ConversationSet,
     *,
     processor: Processor | None = None,
-    max_tokens: int | None = None,
+    limits: CheckLimits | None = None,
+    decode: bool = True,
     workers: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Read every record, decode every picture once, and (with a processor) count tokens."""
-    report = Report()
-    seen: dict[Image, str | None] = {}
+    """Read every record, open every picture once, and (with a processor) count tokens.
+
+    decode=False reads the pictures' headers only: several times faster, but a truncated file is not seen. `progress`
+    is called with (conversations done, of how many).
+    """
+    report = Report.empty(conversations, limits or CheckLimits(), counted=processor is not None)
     with ThreadPoolExecutor(workers, thread_name_prefix="llava-check") as pool:
-        for start in range(0, len(file), _AT_ONCE):
-            stop = min(start + _AT_ONCE, len(file))
-            read = [(index, _read(file, index, report)) for index in range(start, stop)]
-            found = [(index, conversation) for index, conversation in read if conversation is not None]
-            fresh = {image: index for index, c in reversed(found) for image in c.images if image not in seen}
-            for image, problem in zip(fresh, pool.map(_look, fresh), strict=True):
-                seen[image] = problem
-                report.pictures += 1
-                if problem is not None:
-                    report.problems.append(("picture", f"{file.origin(fresh[image])}: {problem}"))
-            for _, conversation in found:
-                _count(conversation, report)
-                if processor is not None and all(seen[image] is None for image in conversation.images):
-                    _encode(conversation, processor, report, max_tokens=max_tokens)
+        checker = _Checker(report, processor, decode=decode, pool=pool)
+        groups = conversations.group_by_picture(limit=report.limits.conversations_per_group)
+        done = 0
+        for some in _in_chunks(groups):
+            checker.check(some)
+            done += sum(map(len, some))
             if progress is not None:
-                progress(stop, len(file))
+                progress(done, report.records)
+    checker.finish()
     return report
 
 
-def histogram(values: list[int], *, bins: int = 8, width: int = 40) -> Iterator[str]:
-    """Text bars of how many values lie in each of `bins` equal ranges."""
-    low, high = min(values), max(values)
-    size = max(1, -(-(high + 1 - low) // bins))
-    counts = Counter((value - low) // size for value in values)
-    most = max(counts.values())
-    for number in range(max(counts) + 1):
-        begin = low + number * size
-        bar = "#" * round(width * counts[number] / most)
-        yield f"  {begin:>6,} to {begin + size - 1:>6,}  {counts[number]:>9,}  {bar}".rstrip()
+def look_at(image: Image, *, decode: bool = True) -> Size:
+    """(height, width) of a picture that opens. Raises ImageError for one that does not, or that is hostile."""
+    source = image.source
+    if isinstance(source, Path):
+        try:
+            mode = source.stat().st_mode
+        except (OSError, ValueError):
+            raise ImageError(f"{source}: no such file; fix the path, or give another --images folder") from None
+        if not stat.S_ISREG(mode):  # a pipe would be waited for without end
+            raise ImageError(f"{source}: not a regular file; only files are opened")
+    if not decode:
+        return read_size(source, ImageLimits())
+    picture = decode_image(source, ImageLimits())
+    return picture.height, picture.width
 
 
-def _read(file: ConversationFile, index: int, report: Report) -> Conversation | None:
-    report.records += 1
-    try:
-        return file[index]
-    except LlavaError as error:
-        report.problems.append(("record", str(error)))
-        return None
+class _Checker:
+    """Goes through groups of conversations and fills a Report."""
 
+    def __init__(self, report: Report, processor: Processor | None, *, decode: bool, pool: ThreadPoolExecutor) -> None:
+        self.report = report
+        self.processor = processor
+        self.pool = pool
+        self._decode = decode
+        self._numbers: dict[int, int] = {}  # a picture's digest to its number
+        self._broken: dict[int, tuple[str, str]] = {}  # a picture's number to (kind, message)
+        self._digests = np.zeros(report.records, dtype=np.uint64)
+        self._pictures_alone = self._pictures_shared = self._tokens_alone = self._tokens_shared = 0
 
-def _look(image: Image) -> str | None:
-    """What is wrong with a picture, None when it opens."""
-    if isinstance(image.source, Path) and not image.source.exists():
-        return f"picture {image.source} does not exist; fix the path, or give another --images folder"
-    try:
-        decode_image(image.source)
-    except LlavaError as error:
-        return str(error)
-    return None
+    def check(self, groups: Sequence[tuple[int, ...]]) -> None:
+        read = {number: found for group in groups for number in group if (found := self._read(number)) is not None}
+        keys = {number: [_picture_key(image) for image in found.images] for number, found in read.items()}
+        self._look({number: list(zip(keys[number], found.images, strict=True)) for number, found in read.items()})
+        whole: list[list[tuple[int, Conversation]]] = []
+        for group in groups:
+            sound = [(number, read[number]) for number in group if number in read]
+            for number, found in sound:
+                self._count(number, found, keys[number])
+            sound = [(number, found) for number, found in sound if not self.report.bad[number]]
+            if sound:
+                whole.append(sound)
+        if self.processor is None:
+            for sound in whole:
+                alone = [len(found.images) for _, found in sound]
+                self._pictures_alone += sum(alone)
+                self._pictures_shared += max(alone)
+            return
+        for sound, (lengths, trees) in zip(whole, self.pool.map(self._measure, whole), strict=True):
+            self._take(sound, lengths, trees)
 
-
-def _count(conversation: Conversation, report: Report) -> None:
-    report.turns += len(conversation.messages)
-    report.picture_mentions += len(conversation.images)
-    report.text_only += not conversation.images
-    answers = [message for message in conversation.messages if message.role == "assistant"]
-    if not answers:
-        report.problems.append(
-            ("nothing to learn", f"{conversation.origin}: no answer in it; add one or drop the record")
+    def finish(self) -> None:
+        counted = self.processor is not None
+        self.report.sharing = Sharing(
+            self._pictures_alone,
+            self._pictures_shared,
+            self._tokens_alone if counted else None,
+            self._tokens_shared if counted else None,
         )
-    elif any(not message.text.strip() for message in answers):
-        report.problems.append(
-            ("empty answer", f"{conversation.origin}: an answer is empty; fill it or drop the record")
-        )
+        for first, again in _repeated(self._digests):
+            self._tell("duplicate", again, f"the same as {self.report.origin(first)}")
 
+    def _tell(self, kind: str, record: int, message: str, *, picture: str | None = None) -> None:
+        origin = self.report.origin(record)
+        finding = Finding(kind, record, origin, message.removeprefix(f"{origin}: "), picture)
+        if finding.severity == "error":
+            self.report.bad[record] = True
+        self.report.log.add(finding)
 
-def _encode(conversation: Conversation, processor: Processor, report: Report, *, max_tokens: int | None) -> None:
-    try:
-        encoded = processor.encode(conversation, pixels=False)
-    except LlavaError as error:
-        report.problems.append(("record", str(error)))
-        return
-    length = len(encoded.input_ids)
-    report.tokens.append(length)
-    report.answer_tokens += encoded.num_answer_tokens
-    if max_tokens is not None and length > max_tokens:
-        report.problems.append(
-            (
-                "too long",
-                f"{conversation.origin}: {length} tokens, over {max_tokens}; shorten it or set data.too_long=drop",
+    def _read(self, number: int) -> Conversation | None:
+        try:
+            return self.report.conversations[number]
+        except LlavaError as error:
+            self._tell(kind_of(str(error)), number, str(error))
+            return None
+
+    def _look(self, mentioned: dict[int, list[tuple[int, Image]]]) -> None:
+        """Open the pictures that were not seen before, side by side."""
+        report = self.report
+        fresh: dict[int, tuple[int, Image]] = {}
+        for number, images in mentioned.items():
+            for key, image in images:
+                if key not in self._numbers:
+                    fresh.setdefault(key, (number, image))
+        for (key, (record, image)), found in zip(
+            fresh.items(), self.pool.map(self._open, [image for _, image in fresh.values()]), strict=True
+        ):
+            number = self._numbers[key] = len(report.heights)
+            size, problem = found
+            report.heights.append(size[0])
+            report.widths.append(size[1])
+            report.first_records.append(record)
+            if problem is not None:
+                self._broken[number] = (kind_of(problem, otherwise="unreadable picture"), problem)
+            elif min(size) < _TINY_SIDE:
+                self._tell("tiny picture", record, f"{size[1]} x {size[0]} pixels", picture=_name(image))
+
+    def _open(self, image: Image) -> tuple[Size, str | None]:
+        try:
+            return look_at(image, decode=self._decode), None
+        except LlavaError as error:
+            return (0, 0), str(error)
+
+    def _count(self, number: int, found: Conversation, keys: Sequence[int]) -> None:
+        report = self.report
+        report.turns[number] = len(found.messages)
+        report.pictures[number] = len(found.images)
+        report.roles.update(message.role for message in found.messages)
+        answers = [message for message in found.messages if message.role == "assistant"]
+        report.answer_chars[number] = sum(len(message.text) for message in answers)
+        self._digests[number] = _conversation_key(found, keys)
+        for key, image in dict(zip(keys, found.images, strict=True)).items():
+            broken = self._broken.get(self._numbers[key])
+            if broken is not None:
+                self._tell(broken[0], number, broken[1], picture=_name(image))
+        for kind, message in lint(found):
+            self._tell(kind, number, message)
+
+    def _measure(self, sound: Sequence[tuple[int, Conversation]]) -> tuple[list[Encoded | LlavaError], tuple[int, int]]:
+        """Encode the conversations of a group; (their tokens in trees, pictures encoded)."""
+        assert self.processor is not None
+        limits = self.report.limits
+        encoded: list[Encoded | LlavaError] = [self._encode(found) for _, found in sound]
+        kept: list[Encoded] = []
+        for (_, found), one in zip(sound, encoded, strict=True):
+            if isinstance(one, LlavaError) or not one.num_answer_tokens:
+                continue
+            if len(one.input_ids) <= limits.max_tokens:
+                kept.append(one)
+            elif limits.too_long == "truncate":
+                shorter = self._encode(found, max_length=limits.max_tokens)
+                kept += [] if isinstance(shorter, LlavaError) else [shorter]
+        if not kept:
+            return encoded, (0, 0)
+        trees = grow_trees(kept, image_token_id=self.processor.image_token_id, max_tokens=limits.row_tokens)
+        return encoded, (sum(tree.num_tokens for tree in trees), sum(len(tree.image_sizes) for tree in trees))
+
+    def _encode(self, found: Conversation, *, max_length: int | None = None) -> Encoded | LlavaError:
+        assert self.processor is not None
+        report = self.report
+        nothing = np.zeros((0, 3, 0, 0), dtype=np.float32)
+        numbers = [self._numbers[_picture_key(image)] for image in found.images]
+        images = [PreparedImage(nothing, (report.heights[place], report.widths[place])) for place in numbers]
+        try:
+            return self.processor.encode(
+                found,
+                images=images or None,
+                max_length=max_length,
+                overflow="error" if max_length is None else "truncate",
             )
-        )
+        except LlavaError as error:
+            return error
+
+    def _take(
+        self, sound: Sequence[tuple[int, Conversation]], encoded: Sequence[Encoded | LlavaError], trees: tuple[int, int]
+    ) -> None:
+        report, limits = self.report, self.report.limits
+        self._tokens_shared += trees[0]
+        self._pictures_shared += trees[1]
+        for (number, _), one in zip(sound, encoded, strict=True):
+            if isinstance(one, LlavaError):
+                kind = "does not fit the template" if isinstance(one, PromptError) else "malformed record"
+                self._tell(kind, number, str(one))
+                continue
+            length = len(one.input_ids)
+            report.tokens[number] = length
+            report.answer_tokens[number] = one.num_answer_tokens
+            if not one.num_answer_tokens:
+                self._tell("nothing to learn", number, f"{length} tokens, none of them supervised")
+            elif length > limits.max_tokens:
+                pictures = sum(one.tokens_per_image)
+                kind = {"error": "too long", "drop": "left out", "truncate": "cut"}[limits.too_long]
+                spent = f" ({pictures} of them pictures)" if pictures else ""
+                self._tell(kind, number, f"{length} tokens{spent}, over {limits.max_tokens}")
+            if one.num_answer_tokens and (length <= limits.max_tokens or limits.too_long == "truncate"):
+                self._tokens_alone += min(length, limits.max_tokens)
+                self._pictures_alone += len(one.image_sizes)
+
+
+def lint(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """(kind, message) of what is wrong or odd in a conversation that parses."""
+    messages = [message for message in conversation.messages if message.role != "system"]
+    answers = [message for message in messages if message.role == "assistant"]
+    if not any(message.supervised for message in answers):
+        yield "nothing to learn", "no answer in it"
+    empty = [number for number, m in enumerate(messages, start=1) if m.role == "assistant" and not m.text.strip()]
+    if empty:
+        yield "empty answer", f"turn {_listed(empty)}: an answer is empty"
+    blank = [
+        number
+        for number, message in enumerate(messages, start=1)
+        if message.role == "user" and not message.images and not message.text.strip()
+    ]
+    if blank:
+        yield "empty question", f"turn {_listed(blank)}: neither words nor a picture"
+    if messages and messages[0].role == "assistant":
+        yield "opens with an answer", "the first turn is an answer; most templates leave it out"
+    if answers and messages[-1].role == "user":
+        yield "ends with a question", "the last turn has no answer"
+    if any(IMAGE_MARK in message.text for message in messages):
+        yield "mark in words", f"{IMAGE_MARK} in a text is read as words"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
+
+
+def _in_chunks(groups: Iterable[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Groups of some `_AT_ONCE` conversations together: enough to keep every thread busy, few enough to hold."""
+    chunk: list[tuple[int, ...]] = []
+    held = 0
+    for group in groups:
+        chunk.append(group)
+        held += len(group)
+        if held >= _AT_ONCE:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _digest(*parts: bytes) -> int:
+    """8 bytes: at a million entries two differ with the same digest once in forty million sets."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _picture_key(image: Image) -> int:
+    source = image.source
+    if isinstance(source, bytes):
+        return _digest(b"bytes", source)
+    return _digest(b"path", str(source).encode(errors="surrogateescape"))
+
+
+def _conversation_key(conversation: Conversation, pictures: Sequence[int]) -> int:
+    words = [f"{message.role}\0{message.text}".encode() for message in conversation.messages]
+    return _digest(*words, np.array(pictures, dtype=np.uint64).tobytes())
+
+
+def _repeated(digests: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """(first, later) of records with equal digests; 0 stands for a record that was not read."""
+    order = np.argsort(digests, kind="stable")
+    first = -1
+    for before, here in pairwise(order):
+        if digests[here] == 0 or digests[before] != digests[here]:
+            first = -1
+            continue
+        first = int(before) if first < 0 else first
+        yield first, int(here)
+
+
+def _name(image: Image) -> str:
+    return str(image.source) if isinstance(image.source, Path) else "(in the record)"

@@ -1,0 +1,50 @@
+"""What `llava data` commands open before they look: conversation files, a model's processor, a recipe's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llava.data.check_figures import CheckLimits
+    from llava.data.sources import ConversationSet
+    from llava.prompt.processor import Processor
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Conversations, the processor that will read them (None: nothing is tokenised), and what a run would allow."""
+
+    conversations: ConversationSet
+    processor: Processor | None
+    limits: CheckLimits
+    model: str
+
+
+def open_files(
+    files: Sequence[Path], *, images: Path | None, model: str | None, template: str | None, max_tokens: int | None
+) -> Opened:
+    """Conversation files by name. Raises UsageError for a folder that is not there."""
+    from llava.data.check_figures import CheckLimits
+    from llava.data.sources import ConversationSet, read_conversations
+    from llava.errors import UsageError
+
+    if images is not None and not images.is_dir():
+        raise UsageError(f"--images {images}: no such folder")
+    if template is not None and model is None:
+        raise UsageError(f"--template {template}: only with --model, whose tokenizer it needs")
+    conversations = ConversationSet([read_conversations(file, image_root=images) for file in files])
+    processor = None if model is None else open_processor(model)
+    if processor is not None and template is not None:
+        processor = processor.with_template(template)
+    limits = CheckLimits() if max_tokens is None else replace(CheckLimits(), max_tokens=max_tokens)
+    return Opened(conversations, processor, limits, model or "")
+
+
+def open_processor(model: str) -> Processor:
+    """The processor of a model folder or hub id, of any layout; no tensor is read."""
+    from llava.checkpoint.load import open_checkpoint
+
+    return open_checkpoint(model).processor()

@@ -1,0 +1,132 @@
+"""What `llava data check` and `llava data show` print: findings, figures, what sharing saves, and coloured tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from llava.data.check_figures import Report
+    from llava.data.token_text import Piece
+
+_LEARNT = "bold green"
+_PICTURE = "black on bright_cyan"
+
+
+def make_console() -> Console:
+    """Standard output; as wide as the terminal, or 120 in a pipe, where nobody can make it wider."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def finding_lines(report: Report, shown: int) -> Iterator[str]:
+    """The first `shown` findings as "file:line: what", errors first, every kind that occurs among them."""
+    kinds = report.log.by_kind()
+    share = max(1, shown // max(len(kinds), 1))
+    left = shown
+    for kind, count in kinds:
+        some = report.log.first[kind][: min(share, left)]
+        left -= len(some)
+        for finding in some:
+            yield f"{finding.origin}: {finding.message}"
+        if count > len(some) and some:
+            yield f"... and {count - len(some):,} more: {kind}"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The figures as tables, then what a run would do."""
+    from llava.data.check_findings import KINDS
+
+    summary = report.summary()
+    if report.log.counts:
+        found = Table("found", "records", "share", "first at", "what to do", box=None, pad_edge=False)
+        for kind, count in report.log.by_kind():
+            style = "red" if KINDS[kind].severity == "error" else "yellow"
+            first = report.log.first[kind][0].origin
+            share = f"{count / max(report.records, 1):.2%}"
+            found.add_row(Text(kind, style), f"{count:,}", share, Text(first), KINDS[kind].advice)
+        console.print(found)
+        console.print()
+    console.print(_figures(summary))
+    for line in closing_lines(report, summary):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _figures(summary: dict[str, Any]) -> Table:
+    table = Table("", "in all", "least", "median", "mean", "95 %", "most", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(name: str, total: int, values: dict[str, Any]) -> None:
+        cells = [f"{values[key]:,}" if key in values else "" for key in ("least", "median", "mean", "p95", "most")]
+        table.add_row(name, f"{total:,}", *cells)
+
+    pictures = summary["pictures"]
+    row("records", summary["records"], {})
+    row("turns", summary["turns"]["all"], summary["turns"])
+    row("pictures", pictures["distinct"], {})
+    row("mentions of them", pictures["mentions"], {})
+    row("without a picture", summary["text_only"], {})
+    if summary["tokens"]:
+        row("tokens", summary["tokens"].get("all", 0), summary["tokens"])
+        row("supervised tokens", summary["tokens"]["supervised"], {})
+    return table
+
+
+def closing_lines(report: Report, summary: dict[str, Any]) -> Iterator[str]:
+    """What sharing saves, and what a run would do with what was found."""
+    yield ""
+    if summary["tokens"]:
+        yield f"{summary['tokens']['supervised_share']:.1%} of the tokens are supervised (answers)."
+    yield sharing_line(report)
+    if report.ok:
+        warnings = report.log.num_warnings
+        yield "no problems" + (f" ({warnings:,} warnings)" if warnings else "")
+    else:
+        yield verdict(report)
+
+
+def sharing_line(report: Report) -> str:
+    """What prefix sharing saves on this data, in one sentence."""
+    sharing, limits = report.sharing, report.limits
+    pictures = (
+        f"pictures encoded an epoch: {sharing.pictures_alone:,} alone, {sharing.pictures_shared:,} shared "
+        f"({sharing.picture_ratio:.2f}x fewer)"
+    )
+    if sharing.tokens_alone is None or sharing.tokens_shared is None:
+        return f"Prefix sharing, {pictures}; give --model to count tokens."
+    return (
+        f"Prefix sharing (up to {limits.conversations_per_group} conversations on one picture, trees of "
+        f"{limits.row_tokens:,} tokens): {sharing.tokens_alone:,} tokens alone, {sharing.tokens_shared:,} shared "
+        f"({sharing.ratio:.2f}x fewer); {pictures}."
+    )
+
+
+def verdict(report: Report) -> str:
+    """What a run would do with the bad conversations."""
+    bad, share = report.num_bad, report.num_bad / max(report.records, 1)
+    line = (
+        f"A run would replace {bad:,} of {report.records:,} conversations ({share:.2%}) by samples without loss, and "
+        "list them in bad_samples.jsonl"
+    )
+    if report.stops_a_run:
+        return (
+            f"{line}; that is over data.max_bad_share={report.limits.max_bad_share:g}, so it would stop. "
+            "Mend or drop them, or raise the share."
+        )
+    return f"{line}; that is within data.max_bad_share={report.limits.max_bad_share:g}."
+
+
+def coloured(pieces: Sequence[Piece]) -> Text:
+    """A rendered prompt: what is learnt in green, pictures as a block, the rest plain."""
+    text = Text()
+    for piece in pieces:
+        if piece.kind == "picture":
+            text.append(f" picture: {piece.num_tokens:,} tokens ", _PICTURE)
+        else:
+            text.append(piece.text, _LEARNT if piece.kind == "learnt" else "dim")
+    return text
