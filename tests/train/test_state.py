@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(
 ) -> None:
     save(tmp_path, 1)
     calls = 0
-    whole = state_module._sync
+    whole = state_module.sync_path
 
     def failing(path: Path) -> None:
         nonlocal calls
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         whole(path)
 
-    monkeypatch.setattr(state_module, "_sync", failing)
+    monkeypatch.setattr(state_module, "sync_path", failing)
     if call < 5:
         with pytest.raises(TrainingError, match=r"could not be written .No space left on device"):
             save(tmp_path, 2)

@@ -22,9 +22,12 @@ class Journal:
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
         self.path = path
         kept = [line for line in read_lines(path) if line["step"] <= resume_at] if resume_at else []
-        # Replaced, never cut in place: a kill between emptying and writing would lose every earlier step.
-        write_durably(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-        self._size = path.stat().st_size
+        if kept:
+            # Replaced, never cut in place: a kill between emptying and writing would lose every earlier step.
+            write_durably(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        else:
+            path.unlink(missing_ok=True)
+        self._size = path.stat().st_size if kept else 0
         self._waiting = b""
         self._warned = False
 
@@ -41,12 +44,13 @@ class Journal:
     def sync(self) -> None:
         """Put every line on the disk. Raises OSError when that cannot be done."""
         self._flush()
-        _sync(self.path)
+        if self._size:
+            sync_path(self.path)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        with self.path.open("r+b", buffering=0) as file:
+        with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
             # What an earlier failure wrote in part is a beginning of what waits, and is written over.
             file.seek(self._size)
             done = 0
@@ -75,12 +79,12 @@ def write_durably(path: Path, text: str) -> None:
     """Write a text beside `path`, flush it and rename it over `path`: whole, or not there."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    _sync(partial)
+    sync_path(partial)
     partial.replace(path)
-    _sync(path.parent)
+    sync_path(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     """Put a file's bytes, or a folder's entries, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

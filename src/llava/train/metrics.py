@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.errors import TrainingError
+from llava.train.journal import Journal, read_lines
 from llava.train.loop import StepRecord
 
 
 class MetricsLog:
-    """Appends one JSON line a step. A resumed run first drops the lines behind its checkpoint, so none stands twice."""
+    """`metrics.jsonl`: a line a step, each step once whatever happened to the run."""
 
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if resume_at else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._journal = Journal(path, resume_at=resume_at)
 
     def write(self, record: StepRecord) -> None:
-        """Add a step. A full disk is a TrainingError: numbers must not vanish in silence."""
-        line = json.dumps(describe_step(record))
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise TrainingError(
-                f"{self.path}: {error.strerror}; free some space and run the same command again"
-            ) from error
+        """Add a step."""
+        self._journal.write(describe_step(record))
+
+    def sync(self) -> None:
+        """Put every line on the disk. Raises OSError when that cannot be done: numbers must not vanish in silence."""
+        self._journal.sync()
 
 
 def describe_step(record: StepRecord) -> dict[str, Any]:
@@ -54,22 +49,14 @@ def describe_step(record: StepRecord) -> dict[str, Any]:
         line["dropped"] = record.dropped
     if record.skipped:
         line["skipped"] = True
+    if record.overflowed:
+        line["overflowed"] = True
     return line
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a kill cut short is left out. No file: no lines."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    return read_lines(path)
 
 
 def draw_loss(lines: Sequence[Mapping[str, Any]], *, title: str, width: int = 640, height: int = 320) -> str:

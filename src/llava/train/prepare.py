@@ -21,6 +21,7 @@ from llava.train.loop import Trainer
 from llava.train.progress import RunInfo
 from llava.train.sections import Recipe
 from llava.train.stages import PartSummary, apply_stage, describe_stage
+from llava.train.state import seed_generators
 
 
 @dataclass
@@ -57,13 +58,11 @@ def prepare_run(recipe: Recipe) -> Prepared:
     out_dir = out_dir_of(recipe)
     device = pick_device(recipe.run.device)
     dtype = pick_dtype(device, recipe.run.dtype)
-    # float16 needs loss scaling and gains little where bfloat16 is missing.
-    dtype = torch.float32 if dtype == torch.float16 else dtype
     conversations = open_conversations(recipe)
     for name in recipe.run.sample_images:
         if not Path(name).is_file():
             raise RecipeError(f"run.sample_images: {name}: no such file")
-    torch.manual_seed(recipe.run.seed)
+    seed_generators(recipe.run.seed)
     loaded = open_model(recipe)
     summaries = apply_stage(loaded.model, recipe.tune)
     loader = _build_loader(recipe, loaded, conversations)

@@ -10,7 +10,6 @@ Not covered yet: several processes, LoRA.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -18,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,33 +27,20 @@ import torch
 
 import llava
 from llava.checkpoint.huggingface import save
+from llava.data.sources import iterate_origins
 from llava.errors import TrainingError
-from llava.model.llava import Llava
+from llava.train.journal import Journal, write_durably
 from llava.train.loop import StepRecord
 from llava.train.metrics import MetricsLog, draw_loss, read_metrics
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
+from llava.train.resume import differences, held_folder, refuse_another_run, take_fingerprints
 from llava.train.samples import answer_samples
 from llava.train.sections import Recipe
-from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state, write_durably
+from llava.train.state import UnsavedError, collect_tensors, load_newest, restore_tensors, save_state
 
 _log = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation: where and how, never what is learnt.
-_FREE_TO_CHANGE = {
-    ("description",),
-    ("data", "workers"),
-    ("run", "out"),
-    ("run", "device"),
-    ("run", "micro_batch_tokens"),
-    ("run", "log_every"),
-    ("run", "save_every"),
-    ("run", "keep"),
-    ("run", "max_bad_steps"),
-    ("run", "sample_every"),
-    ("run", "sample_images"),
-    ("run", "sample_questions"),
-}
 _SPARE_BYTES = 64 << 20
 
 
@@ -83,9 +69,13 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, watcher: Watcher | None =
     resume=False starts anew and drops the checkpoints of an earlier run in the same folder. Raises RunStoppedError
     (a KeyboardInterrupt) after Ctrl-C or SIGTERM, once the step is saved; LlavaError for what the user can set right.
     """
-    watcher = watcher or Watcher()
-    started = time.perf_counter()
     out_dir = out_dir_of(recipe)
+    with held_folder(out_dir):
+        return _run(recipe, out_dir, resume=resume, watcher=watcher or Watcher())
+
+
+def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> RunResult:
+    started = time.perf_counter()
     if resume and (finished := _finished(out_dir, recipe)) is not None:
         return finished
     if not resume:
@@ -110,38 +100,76 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, watcher: Watcher | None =
 def _train(prepared: Prepared, watcher: Watcher) -> float | None:
     """Steps until the plan ends or somebody asks to stop; returns the last step's loss."""
     run, loader = prepared.recipe.run, prepared.loader
-    metrics = MetricsLog(prepared.out_dir / "metrics.jsonl", resume_at=loader.position)
-    loss: float | None = None
+    journals = _Journals.open(prepared)
+    lines = read_metrics(journals.metrics.path)
+    loss: float | None = lines[-1]["loss"] if lines else None
     saved_at = loader.position
     with _asked_to_stop() as asked:
         for record in prepared.trainer.run(iter(loader)):
             loss = record.loss
             if record.step % run.log_every == 0 or record.step == loader.plan.total_steps:
-                metrics.write(record)
+                journals.metrics.write(record)
             watcher.stepped(record)
             if run.sample_every and run.sample_images and record.step % run.sample_every == 0:
-                _sample(prepared, record.step, watcher)
+                _sample(prepared, record.step, watcher, journals.samples)
             last = record.step == loader.plan.total_steps
-            if not last and (record.step % run.save_every == 0 or asked.is_set()):
-                watcher.saved(_save(prepared, record))
-                saved_at = record.step
+            if last or record.step % run.save_every == 0 or asked.is_set():
+                try:
+                    watcher.saved(_save(prepared, record, journals))
+                    saved_at = record.step
+                except UnsavedError as error:
+                    # What is already trained is worth more than stopping: the next save may find the disk well again.
+                    _log.error("%s", error)
             if asked.is_set() and not last:
                 message = (
                     f"stopped after step {saved_at} of {loader.plan.total_steps}; the same command goes on from there"
                 )
                 watcher.stopped(message)
                 raise RunStoppedError(message)
+    journals.sync()
+    guard = prepared.trainer.guard
+    if guard.bad_steps:
+        _log.warning("%d steps were skipped: not finite; see %s", guard.bad_steps, journals.bad_steps.path)
     return loss
 
 
-def _save(prepared: Prepared, record: StepRecord) -> Path:
+@dataclass(frozen=True)
+class _Journals:
+    """What a run writes line by line."""
+
+    metrics: MetricsLog
+    samples: Journal
+    bad_steps: Journal
+
+    @classmethod
+    def open(cls, prepared: Prepared) -> _Journals:
+        """Open them, cut back to the step that the run goes on from."""
+        out_dir, position = prepared.out_dir, prepared.loader.position
+        bad_steps = Journal(out_dir / "bad_steps.jsonl", resume_at=position)
+        conversations = prepared.conversations
+        prepared.trainer.guard.report_to(bad_steps, lambda numbers: [*iterate_origins(conversations, numbers)])
+        metrics = MetricsLog(out_dir / "metrics.jsonl", resume_at=position)
+        return cls(metrics, Journal(out_dir / "samples.jsonl", resume_at=position), bad_steps)
+
+    def sync(self) -> None:
+        """Put every line on the disk. Raises UnsavedError when that cannot be done."""
+        for journal in (self.metrics, self.samples, self.bad_steps):
+            try:
+                journal.sync()
+            except OSError as error:
+                raise UnsavedError(
+                    f"{journal.path}: {error.strerror}; free some space or fix the folder; earlier checkpoints are "
+                    "whole, and the same command goes on from them"
+                ) from error
+
+
+def _save(prepared: Prepared, record: StepRecord, journals: _Journals) -> Path:
     trainer = prepared.trainer
-    loader_state = {**prepared.loader.state_dict(), "position": record.step}
+    journals.sync()  # a checkpoint of step 200 with lines up to 190 would lose ten for good
     facts = {
-        "loader": loader_state,
-        "recipe": prepared.recipe.model_dump(mode="json"),
-        "frozen": prepared.notes["frozen"],
-        "versions": _versions(),
+        "loader": {**prepared.loader.state_dict(), "position": record.step},
+        "guard": trainer.guard.state_dict(),
+        **_facts_of(prepared),
     }
     tensors = collect_tensors(trainer.model, trainer.optimizer, trainer.device)
     root = prepared.out_dir / "checkpoints"
@@ -150,44 +178,51 @@ def _save(prepared: Prepared, record: StepRecord) -> Path:
 
 def _restore(prepared: Prepared) -> None:
     """Go on from the newest whole checkpoint, if there is one and it is of this run."""
-    prepared.notes["frozen"] = _digest_frozen(prepared.loaded.model)
+    trainer, loaded = prepared.trainer, prepared.loaded
+    template = prepared.recipe.data.template
+    processor = loaded.processor if template is None else loaded.processor.with_template(template)
+    prepared.notes["fingerprints"] = take_fingerprints(loaded.model, processor)
     saved = load_newest(prepared.out_dir / "checkpoints")
     if saved is None:
         return
-    different = _differences(saved.facts["recipe"], prepared.recipe.model_dump(mode="json"))
-    if different:
-        raise TrainingError(
-            f"{saved.folder} is of another recipe: {'; '.join(different[:3])}; take those values back, choose another "
-            "run.out, or start anew with --restart"
-        )
-    if saved.facts["frozen"] != prepared.notes["frozen"]:
-        raise TrainingError(
-            f"{saved.folder}: the frozen weights of the model that the run started from have changed; "
-            "restore them, or start anew with --restart"
-        )
-    restore_tensors(saved.tensors, prepared.trainer.model, prepared.trainer.optimizer, prepared.trainer.device)
+    refuse_another_run(saved.folder, saved.facts, _facts_of(prepared))
+    restore_tensors(saved.tensors, trainer.model, trainer.optimizer, trainer.device)
+    trainer.guard.load_state_dict(saved.facts["guard"])
     prepared.loader.load_state_dict(saved.facts["loader"])
+
+
+def _facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint says of its run, and a continuation must agree with."""
+    return {
+        "recipe": prepared.recipe.model_dump(mode="json"),
+        "fingerprints": prepared.notes["fingerprints"],
+        "versions": _versions(),
+    }
 
 
 def _finish(prepared: Prepared) -> None:
     """The model, the plot, the record that the run is done; the checkpoints have done their service."""
     out_dir = prepared.out_dir
-    save(prepared.loaded.model, prepared.loaded.processor, out_dir)
-    plot = draw_loss(read_metrics(out_dir / "metrics.jsonl"), title=prepared.recipe.description or out_dir.name)
-    write_durably(out_dir / "loss.svg", plot)
-    _describe(prepared, state="finished")
+    try:
+        save(prepared.loaded.model, prepared.loaded.processor, out_dir)
+        plot = draw_loss(read_metrics(out_dir / "metrics.jsonl"), title=prepared.recipe.description or out_dir.name)
+        write_durably(out_dir / "loss.svg", plot)
+        _describe(prepared, state="finished")
+    except OSError as error:
+        raise UnsavedError(
+            f"{out_dir}: the trained model could not be written ({error.strerror}); free some space or fix the folder, "
+            "and the same command goes on from the newest checkpoint"
+        ) from error
     shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
 
 
-def _sample(prepared: Prepared, step: int, watcher: Watcher) -> None:
+def _sample(prepared: Prepared, step: int, watcher: Watcher, journal: Journal) -> None:
     run, loaded = prepared.recipe.run, prepared.loaded
     images = [Path(name) for name in run.sample_images]
     samples = answer_samples(loaded.model, loaded.processor, step=step, images=images, questions=run.sample_questions)
-    with (prepared.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-        for sample in samples:
-            watcher.sampled(sample)
-            line = {"step": step, "image": str(sample.image), "question": sample.question, "answer": sample.answer}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    for sample in samples:
+        watcher.sampled(sample)
+        journal.write({"step": step, "image": str(sample.image), "question": sample.question, "answer": sample.answer})
 
 
 @contextmanager
@@ -225,12 +260,13 @@ def _finished(out_dir: Path, recipe: Recipe) -> RunResult | None:
         return None
     if run.get("state") != "finished":
         return None
-    different = _differences(run["recipe"], recipe.model_dump(mode="json"))
+    different = differences(run["recipe"], recipe.model_dump(mode="json"))
     if different:
         raise TrainingError(
             f"{out_dir} holds a finished run of another recipe: {'; '.join(different[:3])}; choose another run.out, or "
             "start anew with --restart"
         )
+    shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)  # where a kill interrupted the last act
     lines = read_metrics(out_dir / "metrics.jsonl")
     steps = int(run["total_steps"])
     return RunResult(out_dir, steps, steps, lines[-1]["loss"] if lines else None, 0.0)
@@ -265,39 +301,14 @@ def _check_space(prepared: Prepared) -> None:
     place = prepared.out_dir
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    # A run that goes on writes over what it has.
+    held = sum(path.stat().st_size for path in prepared.out_dir.rglob("*") if path.is_file())
+    free = shutil.disk_usage(place).free + held
     if free < wanted:
         raise TrainingError(
             f"{prepared.out_dir}: the run needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
             "free some space, choose another run.out, or lower run.keep"
         )
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """`key: before -> now` of every value that decides what is learnt."""
-    found = []
-    for section in sorted(set(before) | set(now)):
-        old, new = before.get(section), now.get(section)
-        if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-            if old != new and (section,) not in _FREE_TO_CHANGE:
-                found.append(f"{section}: {old!r} -> {new!r}")
-            continue
-        for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key) and (section, key) not in _FREE_TO_CHANGE:
-                found.append(f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
-    return found
-
-
-def _digest_frozen(model: Llava) -> str:
-    """A digest of some numbers of every frozen tensor: enough to notice another base model, cheap at any size."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            flat = parameter.detach().flatten()
-            sampled = flat[:: max(1, flat.numel() // 64)].float().cpu().contiguous()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(sampled.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,10 @@ A checkpoint is a folder `step-00000200` with `state.safetensors`, `state.json` 
 each file). It is written under another name, flushed to the disk, and renamed: a folder with the right name is whole.
 What is found damaged all the same (a flipped bit: neither safetensors nor torch.load notices one) is set aside by
 name, and the one before it is taken. Only tensors and JSON: opening a checkpoint runs no code.
+
+A checkpoint is made between optimizer steps only. That is complete: a step's micro-batches are a function of its
+number, and no gradient lives longer than its step, so the accumulation phase is always zero. The learning rate is a
+function of the step too, so the schedule has no state of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,17 +23,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava.errors import TrainingError
+from llava.train.journal import sync_path
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
-FORMAT = 1
+_FILES = ("state.safetensors", "state.json")
+FORMAT = 2
+
+
+class UnsavedError(TrainingError):
+    """A checkpoint could not be written. Earlier ones are whole, and nothing of it is left."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class SavedState:
 def save_state(root: Path, step: int, *, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> Path:
     """Write a checkpoint durably, then drop all but the newest `keep`. Nothing old goes before the new one is safe.
 
-    Raises TrainingError when it cannot be written; the earlier checkpoints are untouched then.
+    Raises UnsavedError when it cannot be written; the earlier checkpoints are untouched then.
     """
     final = root / f"step-{step:08d}"
     partial = root / f".{final.name}.partial"
@@ -63,36 +74,54 @@ def save_state(root: Path, step: int, *, tensors: Mapping[str, Tensor], facts: M
         }
         (partial / _MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
         for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
-        _remove(final)
+            sync_path(path)
+        sync_path(partial)
+        if final.exists():
+            final.rename(_replaced(final))
         partial.rename(final)
-        _sync(root)
+        sync_path(root)
     except (OSError, SafetensorError) as error:
         _remove(partial)
+        _put_back(root)
         reason = getattr(error, "strerror", None) or str(error)
-        raise TrainingError(
+        raise UnsavedError(
             f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole, "
             "so free some space or fix the folder and run the same command again"
         ) from error
+    _remove(_replaced(final))
     for old in list_checkpoints(root)[keep:]:
-        _remove(old)
+        _discard(old)
     return final
 
 
 def load_newest(root: Path) -> SavedState | None:
-    """The newest whole checkpoint, None when there is none. Damaged ones are set aside under another name."""
-    for partial in root.glob(".step-*.partial"):
-        _remove(partial)
+    """The newest whole checkpoint, None when there is none. Damaged ones are set aside under another name.
+
+    Raises TrainingError when there were checkpoints and all are damaged: going on would be starting anew in silence.
+    """
+    _put_back(root)
+    for rubbish in (*root.glob(".step-*.partial"), *root.glob(".step-*.old")):
+        _remove(rubbish)
     for folder in list_checkpoints(root):
         problem = find_damage(folder)
         if problem is None:
             facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if facts.get("format") != FORMAT:
+                raise TrainingError(
+                    f"{folder}: a checkpoint of format {facts.get('format')}, this version writes {FORMAT}; go on with "
+                    "the version that began the run, or start anew with --restart"
+                )
             return SavedState(folder, int(facts["step"]), load_file(folder / "state.safetensors"), facts)
         aside = folder.with_name(f"damaged-{folder.name}")
         _remove(aside)
         folder.rename(aside)
         _log.warning("%s is damaged (%s); set aside as %s, the one before it is used", folder, problem, aside.name)
+    damaged = sorted(path.name for path in root.glob("damaged-step-*"))
+    if damaged:
+        raise TrainingError(
+            f"{root}: no whole checkpoint is left, only {', '.join(damaged)}; restore one from a copy under its old "
+            "name, or start anew with --restart"
+        )
     return None
 
 
@@ -107,7 +136,7 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, None when all agree with the manifest."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        for name in ("state.safetensors", "state.json"):
+        for name in _FILES:
             wanted = manifest[name]
             path = folder / name
             if path.stat().st_size != wanted["bytes"]:
@@ -117,6 +146,9 @@ def find_damage(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+# --- what is in it -----------------------------------------------------------------------------------------------
 
 
 def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Tensor]:
@@ -131,10 +163,7 @@ def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, device: 
         tensors[f"model.{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if device.type != "cpu":
-        tensors["rng.device"] = _device_rng(device).get_rng_state(device)
-    return tensors
+    return tensors | collect_generators(device)
 
 
 def restore_tensors(
@@ -159,21 +188,50 @@ def restore_tensors(
             # AdamW's fused step counter lives beside its parameter.
             place = trained[name].device if kind == "step" else place
             optimizer.state[trained[name]][kind] = tensor.to(place)
+    restore_generators(saved, device)
+
+
+def seed_generators(seed: int) -> None:
+    """Start every random generator that a checkpoint holds from one seed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def collect_generators(device: torch.device) -> dict[str, Tensor]:
+    """The state of the random generators: Python's, NumPy's, torch's on the CPU and on the device."""
+    _, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert kind == "MT19937"
+    tensors = {
+        "rng.python": torch.tensor(words, dtype=torch.int64),
+        "rng.python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "rng.numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "rng.numpy.gauss": torch.tensor([cached], dtype=torch.float64),
+        "rng.cpu": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        tensors["rng.device"] = _device_rng(device).get_rng_state(device)
+    return tensors
+
+
+def restore_generators(saved: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what collect_generators took."""
+    gauss = saved["rng.python.gauss"].tolist()
+    random.setstate((3, tuple(saved["rng.python"].tolist()), gauss[0] if gauss else None))
+    *keys, position, has_gauss = saved["rng.numpy"].tolist()
+    cached = saved["rng.numpy.gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["rng.cpu"])
     if "rng.device" in saved and device.type != "cpu":
         _device_rng(device).set_rng_state(saved["rng.device"], device)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a text beside `path`, flush it and rename it over `path`: whole, or not there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-
-
 def _device_rng(device: torch.device) -> Any:
     return getattr(torch, device.type)
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
 
 
 def _digest(path: Path) -> str:
@@ -181,12 +239,29 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
+def _put_back(root: Path) -> None:
+    """Undo a replacement that was interrupted between its two renames; drop what one that succeeded left."""
+    for replaced in root.glob(".step-*.replaced"):
+        final = root / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if final.exists():
+            _remove(replaced)
+        else:
+            replaced.rename(final)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; renamed first, so that one whose removal is interrupted is not taken for a damaged one."""
+    aside = folder.with_name(f".{folder.name}.old")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        folder.rename(aside)
+    except OSError as error:
+        _log.warning("%s: could not be removed (%s)", folder, error.strerror)
+        return
+    _remove(aside)
 
 
 def _remove(folder: Path) -> None:
