@@ -7,6 +7,7 @@ On a CPU this is for testing: it is far slower than bfloat16 there. Needs `llava
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,8 +41,15 @@ def packed_layers(model: Llava) -> frozenset[str]:
     )
 
 
-def pack_layer(model: Llava, path: str, weight: Tensor, *, load_in: LoadIn, device: torch.device) -> None:
-    """Put a packed layer with this weight (out, in) in the place of the linear layer at `path`; its bias is kept."""
+def pack_layer(
+    model: Llava, path: str, weight: Tensor, *, load_in: LoadIn, device: torch.device, training: bool = False
+) -> None:
+    """Put a packed layer with this weight (out, in) in the place of the linear layer at `path`; its bias is kept.
+
+    training: gradients must pass through it. On processors with AVX512-BF16, bitsandbytes answers one forward pass
+    without gradients by repacking the weight into a form that has no backward pass, silently and for good: every
+    gradient before it is gone. Layers for training never repack.
+    """
     bnb = import_bitsandbytes(load_in)
     old = model.get_submodule(path)
     assert isinstance(old, nn.Linear)
@@ -59,5 +67,19 @@ def pack_layer(model: Llava, path: str, weight: Tensor, *, load_in: LoadIn, devi
         packed = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     new._parameters["weight"] = packed.to(device)  # packing happens on the way to the device
     new._parameters["bias"] = old._parameters.get("bias")
+    if training:
+        new.support_avx512bf16_for_cpu = False
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new.eval())
+
+
+def has_lost_its_gradient(layer: nn.Module) -> bool:
+    """Whether a packed layer's weight is in the form that bitsandbytes has no backward pass for (`pack_layer`)."""
+    state = getattr(layer._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def unpacked_numel(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: a 4 bit one holds two in each of its bytes."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else prod(state.shape)

@@ -6,14 +6,16 @@ the linear one. Adapters are chosen by the full path of a module, never by a par
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from llava.errors import UsageError
+from llava.errors import CheckpointError, UsageError
 from llava.model.llava import Llava
 
 ADAPTER = "default"
@@ -23,7 +25,7 @@ LANGUAGE_TARGETS = r"language_model\..*\.(\w+_proj|Wqkv|out_proj|qkv_proj|gate_u
 
 def attach_lora(
     model: Llava,
-    targets: str = LANGUAGE_TARGETS,
+    targets: str | Collection[str] = LANGUAGE_TARGETS,
     *,
     rank: int = 128,
     alpha: float = 256,
@@ -31,41 +33,59 @@ def attach_lora(
     seed: int | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Put a LoRA beside every linear layer whose full path matches the regular expression `targets`.
+    """Put a LoRA beside every linear layer whose full path is one of `targets` (or matches it, a regular expression).
 
     The layers' own weights stop being trained, the adapters are; every other parameter keeps its setting. B starts at
-    zero, so the model's output is unchanged. seed: of A's first values (None: torch's generator). scales: alpha / rank
-    by path, where they differ. Returns the paths. Raises UsageError when none matches.
+    zero, so the model's output is unchanged. Adapters are float32 beside weights of any format, 4 bit included. seed:
+    A's first values are then a function of seed and path alone (None: torch's generator). scales: alpha / rank by
+    path, where they differ. Returns the paths. Raises UsageError when none matches.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = re.compile(targets)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    paths = [name for name in linear if pattern.fullmatch(name)]
+    if isinstance(targets, str):
+        pattern = re.compile(targets)
+        paths = [name for name in linear if pattern.fullmatch(name)]
+    else:
+        wanted = set(targets)
+        paths = [name for name in linear if name in wanted]
     if not paths:
         raise UsageError(f"LoRA targets {targets!r} match no linear layer; paths look like {linear[-1]!r}")
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config = LoraConfig(
         r=rank,
+        # peft's type says int, its arithmetic does not
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="|".join(re.escape(path) for path in paths),
     )
-    if seed is None:
+    if any(not model.get_parameter(f"{path}.weight").is_floating_point() for path in paths):
+        cast(Any, model).is_loaded_in_4bit = True  # what peft asks before it builds its layer for packed weights
+    with torch.random.fork_rng(enabled=seed is not None):
         inject_adapter_in_model(config, model, ADAPTER)
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, model, ADAPTER)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.requires_grad_(True)
         elif ".base_layer." not in name:
             parameter.requires_grad_(trained[name])
-    for path, scale in (scales or {}).items():
+    for path in paths:
         layer: Any = model.get_submodule(path)
-        layer.scaling[ADAPTER] = scale
+        for side in (layer.lora_A, layer.lora_B):
+            side[ADAPTER].weight.data = side[ADAPTER].weight.data.float()  # peft takes the base's format
+        if seed is not None:
+            _draw(layer.lora_A[ADAPTER].weight, f"{seed}:{path}")
+        if scales is not None and path in scales:
+            layer.scaling[ADAPTER] = scales[path]
     return paths
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, name: str) -> None:
+    """peft's start of A, uniform within 1 / sqrt(in), from a name: the same on every machine, rank and device."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(weight.shape[1])
+    weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * bound)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -92,11 +112,24 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """W + scale * B @ A of a peft layer, computed in float32, in W's number format."""
+    """W + scale * B @ A of a peft layer, computed in float32, in W's number format.
+
+    Raises CheckpointError for packed weights: a sum with them could not be packed again without a loss.
+    """
     base = layer.get_base_layer().weight
-    product = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
-    merged: Tensor = (base.float() + layer.scaling[ADAPTER] * product).to(base.dtype)
+    if not base.is_floating_point():
+        raise CheckpointError(
+            "a LoRA beside 4 or 8 bit weights cannot be merged into them; merge it into the base's own"
+        )
+    merged: Tensor = (base.float() + lora_product(layer)).to(base.dtype)
     return merged
+
+
+@torch.no_grad()
+def lora_product(layer: Any) -> Tensor:
+    """What a peft layer adds to its weight, scale * B @ A, (out, in) in float32."""
+    product: Tensor = layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+    return product * float(layer.scaling[ADAPTER])
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

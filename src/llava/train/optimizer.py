@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from llava.train.sections import OptimSection
-from llava.train.stages import Part, part_of
+from llava.train.selection import Part, part_of
+from llava.train.stages import peak_rate as peak_rate
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.AdamW:
@@ -33,12 +34,6 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSecti
         for (part, decays), parameters in members.items()
     ]
     return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
-
-
-def peak_rate(part: Part, optim: OptimSection) -> float:
-    """The peak learning rate of a part: its own, or the common one."""
-    own = {"projector": optim.projector_learning_rate, "vision_tower": optim.vision_tower_learning_rate}.get(part)
-    return optim.learning_rate if own is None else own
 
 
 def rate_share(step: int, total_steps: int, optim: OptimSection) -> float:
