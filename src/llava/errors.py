@@ -11,6 +11,7 @@
       CheckpointError          a model folder is missing something, or holds what it should not
         UnknownFormatError     no known layout matches; the message says what was looked for and what was found
       TrainingError            a run cannot go on (non-finite loss, dead parameters, a resume that does not match)
+        PeerFailedError        another process of the run failed first and has said why; nothing to add
       EngineError              a request cannot be answered
         OutOfMemoryError       the request did not fit the device; the engine itself goes on
 
@@ -68,6 +69,10 @@ class UnknownFormatError(CheckpointError):
 
 class TrainingError(LlavaError):
     """A training run cannot go on."""
+
+
+class PeerFailedError(TrainingError):
+    """Another process of the run failed first and has said why."""
 
 
 class EngineError(LlavaError):

@@ -1,33 +1,35 @@
 """The training loop: one optimizer step from one global step's micro-batches, and the guards around it.
 
 `Trainer.step` is all there is to it: forward, loss over answer tokens divided by the answer tokens of the whole step,
-backward, guards, clip, AdamW. Where the batches come from and when to save is train/run.py's business.
+backward, guards, clip, AdamW. Where the batches come from and when to save is train/run.py's business; how a step is
+spread over processes is train/parallel.py's.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava.data.batch import Batch
 from llava.data.loader import GlobalStep
+from llava.distributed import gather_rows, process_number, sum_over_processes
 from llava.model.llava import Llava
-from llava.model.tree_attention import enable_tree_attention
 from llava.train.guards import StepGuard
-from llava.train.loss import answer_loss
-from llava.train.optimizer import build_optimizer, clip_gradients, rate_share, set_rate
+from llava.train.optimizer import build_optimizer, rate_share, set_rate
+from llava.train.parallel import Parallel
 from llava.train.sections import OptimSection
 from llava.train.stages import check_reached
+from llava.train.step_loss import make_blank_batch
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step did.
+    """What one optimizer step did, all processes together.
 
     loss: mean over the step's answer tokens; learning_rate: of the first group; grad_norm: before clipping;
     tokens: without padding, positions: with it; seconds: of the step itself; waited_seconds: for the loader before it;
@@ -60,23 +62,63 @@ class StepRecord:
         return self.answer_tokens / max(self.tokens, 1)
 
 
+@dataclass(frozen=True)
+class _Totals:
+    """What a step holds, all processes together; micro_batches: the most that any process has."""
+
+    answer_tokens: int
+    tokens: int
+    positions: int
+    dropped: int
+    with_pictures: int
+    micro_batches: int
+
+    @classmethod
+    def of(cls, step: GlobalStep, batches: Sequence[Batch]) -> _Totals:
+        """Agree with the other processes; `batches` are those of the step that this one has to compute."""
+        rows = gather_rows(
+            step.num_answer_tokens,
+            sum(batch.num_tokens for batch in step.micro_batches),
+            sum(batch.input_ids.numel() for batch in step.micro_batches),
+            step.dropped,
+            sum(batch.pixel_values is not None for batch in batches),
+            len(batches),
+        )
+        answer_tokens, tokens, positions, dropped, pictures, _ = (
+            int(sum(column)) for column in zip(*rows, strict=True)
+        )
+        return cls(answer_tokens, tokens, positions, dropped, pictures, micro_batches=int(max(row[-1] for row in rows)))
+
+
 class Trainer:
-    """A model with its optimizer and schedule. `dtype` is what matrix products are computed in, under autocast."""
+    """A model with its optimizer and schedule. `dtype` is what matrix products are computed in, under autocast.
+
+    parallel: how the step is spread (one process when not given); the model is wrapped by it already. seed: dropout
+    draws from a generator of (seed, process, step), so that a run that was stopped goes on with the same draws.
+    """
 
     def __init__(
-        self, model: Llava, *, optim: OptimSection, total_steps: int, dtype: torch.dtype, max_bad_steps: int = 10
+        self,
+        model: Llava,
+        *,
+        optim: OptimSection,
+        total_steps: int,
+        dtype: torch.dtype,
+        max_bad_steps: int = 10,
+        parallel: Parallel | None = None,
+        seed: int = 0,
     ) -> None:
         self.model = model
-        self.device = model.device
+        self.parallel = parallel or Parallel(model, mode="one", device=model.device, dtype=dtype)
+        self.device = self.parallel.device
+        self._seed = seed
+        self._blank = make_blank_batch(image_token_id=model.config.image_token_id).to(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), optim)
         self.done = 0
         self._optim = optim
         self._total_steps = total_steps
-        self._dtype = dtype
         self.guard = StepGuard(max_bad_steps=max_bad_steps, dtype=dtype)
         self._reach_checked = False
-        # 3x less time in attention than with the mask; families that cannot take the mask.
-        self._by_trees = enable_tree_attention(model.language_model)
         self._trained = [p for p in model.parameters() if p.requires_grad]
 
     def run(self, steps: Iterator[GlobalStep]) -> Iterator[StepRecord]:
@@ -93,14 +135,18 @@ class Trainer:
         started = time.perf_counter()
         share = rate_share(step.step, self._total_steps, self._optim)
         set_rate(self.optimizer, share)
-        answer_tokens = step.num_answer_tokens
-        summed = self._accumulate(step.micro_batches, answer_tokens) if answer_tokens else 0.0
+        torch.manual_seed(_mix(self._seed, process_number(), step.step))
+        # Without an answer there is nothing to learn, and without pictures in it no process waits for this one.
+        batches = [batch for batch in step.micro_batches if batch.num_answer_tokens]
+        totals = _Totals.of(step, batches)
+        answer_tokens = totals.answer_tokens
+        summed = self._accumulate(batches, answer_tokens, count=totals.micro_batches) if answer_tokens else 0.0
         loss = summed / max(answer_tokens, 1)
         self.guard.unscale(self._trained)
-        grad_norm = clip_gradients(self._trained, self._optim.max_grad_norm) if answer_tokens else 0.0
+        grad_norm = self.parallel.clip(self._trained, self._optim.max_grad_norm) if answer_tokens else 0.0
         verdict = self.guard.judge(step.step + 1, loss=loss, grad_norm=grad_norm, conversations=step.conversations)
         if verdict == "good" and answer_tokens:
-            if not self._reach_checked and any(batch.pixel_values is not None for batch in step.micro_batches):
+            if not self._reach_checked and totals.with_pictures:
                 check_reached(self.model)
                 self._reach_checked = True
             self.optimizer.step()
@@ -112,43 +158,36 @@ class Trainer:
             loss=loss,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm,
-            tokens=sum(batch.num_tokens for batch in step.micro_batches),
-            positions=sum(batch.input_ids.numel() for batch in step.micro_batches),
+            tokens=totals.tokens,
+            positions=totals.positions,
             answer_tokens=answer_tokens,
             conversations=len(step.conversations),
-            dropped=step.dropped,
+            dropped=totals.dropped,
             seconds=time.perf_counter() - started,
             waited_seconds=waited_seconds,
             skipped=verdict != "good" or not answer_tokens,
             overflowed=verdict == "overflow",
         )
 
-    def _accumulate(self, batches: Sequence[Batch], answer_tokens: int) -> float:
-        """Gradients of (summed loss / answer_tokens) over all micro-batches; returns the summed loss."""
+    def _accumulate(self, batches: Sequence[Batch], answer_tokens: int, *, count: int | None = None) -> float:
+        """Gradients of (summed loss / answer_tokens) over all micro-batches; returns the summed loss, of all processes.
+
+        count: how many micro-batches every process computes; what is missing here are blank ones.
+        """
         summed = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            if not batch.num_answer_tokens:
-                continue
-            loss = self.summed_loss(batch.to(self.device))
-            torch.autograd.backward(loss * self.guard.scale / answer_tokens)
-            summed += loss.detach().double().cpu()
-        return float(summed)
+        count = len(batches) if count is None else count
+        for number in range(count):
+            batch = batches[number].to(self.device) if number < len(batches) else self._blank
+            scale = self.guard.scale / answer_tokens
+            summed += self.parallel.backward(batch, scale=scale, last=number + 1 == count).double().cpu()
+        return sum_over_processes(float(summed))[0]
 
     def summed_loss(self, batch: Batch) -> Tensor:
         """The summed cross-entropy of a batch that lies on the model's device."""
-        with self._autocast():
-            hidden = self.model(
-                batch.input_ids,
-                pixel_values=batch.pixel_values,
-                image_sizes=batch.image_sizes,
-                tiles_per_image=batch.tiles_per_image,
-                position_ids=batch.position_ids,
-                attention_mask=None if self._by_trees else batch.attention_mask(),
-                tree_layout=batch.layout if self._by_trees else None,
-            )
-            return answer_loss(hidden, self.model.logits, predictors=batch.predictors, targets=batch.targets)
+        loss: Tensor = self.parallel.step_loss(batch)
+        return loss
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self._dtype in (torch.float32, torch.float64):
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self._dtype)
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers, no two alike in practice."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,0 +1,77 @@
+"""One forward pass from a batch to its summed loss: what several processes wrap.
+
+DistributedDataParallel and FSDP2 act when the module that they wrap is called, so everything that a step uses of the
+model lies in this one call. With several processes each of them has to use the same parameters in every call, or one
+waits for another for ever: a batch without pictures then takes the tower and the projector along at a weight of zero.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llava.data.batch import Batch, build_batch
+from llava.data.packing import Branch, Tree
+from llava.model.llava import Llava
+from llava.model.tree_support import enable_tree_attention
+from llava.prompt.processor import IGNORE_LABEL
+from llava.train.loss import answer_loss
+
+_BLANK_TOKENS = 8
+
+
+class StepLoss(nn.Module):
+    """The model with its loss. dtype: what matrix products are computed in, under autocast; with_all_parts: use every
+    part of the model in every call, pictures or not."""
+
+    def __init__(self, model: Llava, *, dtype: torch.dtype, with_all_parts: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.with_all_parts = with_all_parts
+        self._dtype = dtype
+        # 3x less time in attention than with the mask; families that cannot take the mask.
+        self._by_trees = enable_tree_attention(model.language_model)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed cross-entropy of a batch's answer tokens, a scalar; the batch lies on the device of the step."""
+        with self._autocast(batch.input_ids.device.type):
+            hidden = self.model.decode(
+                self._embed(batch),
+                position_ids=batch.position_ids,
+                attention_mask=None if self._by_trees else batch.attention_mask(),
+                tree_layout=batch.layout if self._by_trees else None,
+            )
+            return answer_loss(hidden, self.model.logits, predictors=batch.predictors, targets=batch.targets)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        """The batch's embeddings, (B, T, D)."""
+        model = self.model
+        if batch.pixel_values is None:
+            embeddings = model.embed(batch.input_ids)
+            # Added here and not to the loss: the backward pass then takes the same way through a frozen language
+            # model as it does on a process that has pictures.
+            return embeddings + model.touch_vision() if self.with_all_parts else embeddings
+        features = torch.cat(
+            model.encode_images(
+                batch.pixel_values, image_sizes=batch.image_sizes, tiles_per_image=batch.tiles_per_image
+            )
+        )
+        if self.with_all_parts and model.image_newline is not None:
+            features = features + 0 * model.image_newline.sum()  # not every way of merging tiles uses it
+        return model.embed(batch.input_ids, features)
+
+    def _autocast(self, device_type: str) -> AbstractContextManager[object]:
+        if self._dtype in (torch.float32, torch.float64):
+            return nullcontext()
+        return torch.autocast(device_type, dtype=self._dtype)
+
+
+def make_blank_batch(*, image_token_id: int) -> Batch:
+    """A batch of one short text without an answer: its loss is 0, and so is every gradient."""
+    ids = np.full(_BLANK_TOKENS, 1 if image_token_id == 0 else 0, dtype=np.int64)
+    branch = Branch(ids, np.full(_BLANK_TOKENS, IGNORE_LABEL, dtype=np.int64))
+    tree = Tree(ids[:0], (branch,), np.zeros((0, 3, 1, 1), dtype=np.float32), (), ())
+    return build_batch([[tree]], pad_token_id=int(ids[0]))
