@@ -207,8 +207,14 @@ def test_sharing_is_counted_with_the_trees_that_a_run_grows(tmp_path: Path, proc
 
 
 def test_a_cut_conversation_counts_with_what_is_left(tmp_path: Path, processor: Processor) -> None:
-    report = check(write(tmp_path, record(), record(answer="long " * 60)), processor, max_tokens=100, too_long="truncate")
-    assert report.sharing.tokens_alone is not None
+    two_turns = record()["conversations"]
+    assert isinstance(two_turns, list)
+    long = {**record(), "conversations": [*two_turns, {"from": "human", "value": "long " * 60}, two_turns[1]]}
+    path = write(tmp_path, long)
+    report = check(path, processor, max_tokens=100, too_long="truncate")
+    assert kinds(report) == ["cut"]
+    kept = processor.encode(read_conversations(path)[0], max_length=100, overflow="truncate")
+    assert report.sharing == Sharing(1, 1, len(kept.input_ids), len(kept.input_ids))
 
 
 def test_what_a_template_cannot_hold_is_named(tmp_path: Path, processor: Processor) -> None:

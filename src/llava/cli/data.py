@@ -48,8 +48,9 @@ def check(
     from PIL.Image import DecompressionBombWarning
 
     from llava.cli.data_opening import open_files
-    from llava.cli.data_tables import finding_lines, make_console, print_report
+    from llava.cli.data_tables import finding_lines, make_console, print_report, verdict
     from llava.data.check import check_conversations
+    from llava.data.check_report import write_page
 
     # The picture reader has limits of its own, and names the record; Pillow's warning does not.
     warnings.filterwarnings("ignore", category=DecompressionBombWarning)
@@ -76,7 +77,14 @@ def check(
         "seconds": round(time.monotonic() - begun, 1),
     }
     report.log.write_json(out / "check.json", {**report.summary(), **facts})
-    typer.echo(f"every finding: {out / 'check.json'}")
+    shown = {
+        "verdict": "No errors: a run would use every conversation." if report.ok else verdict(report),
+        "model": opened.model or "none (give --model to see tokens)",
+        "checked": f"{time.strftime('%Y-%m-%d %H:%M')}, {facts['seconds']} s",
+        "pictures": "headers only" if headers else "decoded in full",
+    }
+    write_page(out / "check.html", report, processor=opened.processor, facts=shown)
+    typer.echo(f"every finding: {out / 'check.json'}; pictures, histograms, coloured tokens: {out / 'check.html'}")
     if not report.ok:
         raise typer.Exit(2)
 

@@ -112,8 +112,12 @@ class _Checker:
                 self._pictures_alone += sum(alone)
                 self._pictures_shared += max(alone)
             return
-        for sound, (lengths, trees) in zip(whole, self.pool.map(self._measure, whole), strict=True):
-            self._take(sound, lengths, trees)
+        for sound, (encoded, costs) in zip(whole, self.pool.map(self._measure, whole), strict=True):
+            self._take(sound, encoded)
+            self._tokens_alone += costs.tokens_alone or 0
+            self._tokens_shared += costs.tokens_shared or 0
+            self._pictures_alone += costs.pictures_alone
+            self._pictures_shared += costs.pictures_shared
 
     def finish(self) -> None:
         counted = self.processor is not None
@@ -182,8 +186,8 @@ class _Checker:
         for kind, message in lint(found):
             self._tell(kind, number, message)
 
-    def _measure(self, sound: Sequence[tuple[int, Conversation]]) -> tuple[list[Encoded | LlavaError], tuple[int, int]]:
-        """Encode the conversations of a group; (their tokens in trees, pictures encoded)."""
+    def _measure(self, sound: Sequence[tuple[int, Conversation]]) -> tuple[list[Encoded | LlavaError], Sharing]:
+        """Encode the conversations of a group, and grow the trees that a run would make of them."""
         assert self.processor is not None
         limits = self.report.limits
         encoded: list[Encoded | LlavaError] = [self._encode(found) for _, found in sound]
@@ -197,9 +201,14 @@ class _Checker:
                 shorter = self._encode(found, max_length=limits.max_tokens)
                 kept += [] if isinstance(shorter, LlavaError) else [shorter]
         if not kept:
-            return encoded, (0, 0)
+            return encoded, Sharing(0, 0, 0, 0)
         trees = grow_trees(kept, image_token_id=self.processor.image_token_id, max_tokens=limits.row_tokens)
-        return encoded, (sum(tree.num_tokens for tree in trees), sum(len(tree.image_sizes) for tree in trees))
+        return encoded, Sharing(
+            pictures_alone=sum(len(one.image_sizes) for one in kept),
+            pictures_shared=sum(len(tree.image_sizes) for tree in trees),
+            tokens_alone=sum(len(one.input_ids) for one in kept),
+            tokens_shared=sum(tree.num_tokens for tree in trees),
+        )
 
     def _encode(self, found: Conversation, *, max_length: int | None = None) -> Encoded | LlavaError:
         assert self.processor is not None
@@ -217,12 +226,8 @@ class _Checker:
         except LlavaError as error:
             return error
 
-    def _take(
-        self, sound: Sequence[tuple[int, Conversation]], encoded: Sequence[Encoded | LlavaError], trees: tuple[int, int]
-    ) -> None:
+    def _take(self, sound: Sequence[tuple[int, Conversation]], encoded: Sequence[Encoded | LlavaError]) -> None:
         report, limits = self.report, self.report.limits
-        self._tokens_shared += trees[0]
-        self._pictures_shared += trees[1]
         for (number, _), one in zip(sound, encoded, strict=True):
             if isinstance(one, LlavaError):
                 kind = "does not fit the template" if isinstance(one, PromptError) else "malformed record"
@@ -238,9 +243,6 @@ class _Checker:
                 kind = {"error": "too long", "drop": "left out", "truncate": "cut"}[limits.too_long]
                 spent = f" ({pictures} of them pictures)" if pictures else ""
                 self._tell(kind, number, f"{length} tokens{spent}, over {limits.max_tokens}")
-            if one.num_answer_tokens and (length <= limits.max_tokens or limits.too_long == "truncate"):
-                self._tokens_alone += min(length, limits.max_tokens)
-                self._pictures_alone += len(one.image_sizes)
 
 
 def lint(conversation: Conversation) -> Iterator[tuple[str, str]]:
