@@ -13,9 +13,11 @@ from llava.data.batch import build_batch
 from llava.data.loader import Layout, lay_out
 from llava.data.packing import Tree, grow_trees
 from llava.model.llava import Llava
+from llava.model.tree_support import Way
 from llava.prompt.processor import IGNORE_LABEL, Encoded
 from llava.train.loop import Trainer
 from llava.train.sections import OptimSection
+from llava.train.step_loss import StepLoss
 from tests.train.tiny_training import IMAGE_ID, grow, make_conversation, make_mixed_conversations, separately
 
 
@@ -75,15 +77,28 @@ def test_trees_give_the_gradients_of_separate_sequences(tiny_llava: Callable[...
 
 def test_attention_by_trees_and_by_mask_give_the_same_gradients(tiny_llava: Callable[..., Llava]) -> None:
     made = []
-    for by_trees in (True, False):
+    ways: tuple[Way, ...] = ("layout", "mask")
+    for way in ways:
         model = tiny_llava().double()
-        trainer = make_trainer(model)
-        assert trainer._by_trees
-        trainer._by_trees = by_trees
+        step_loss = StepLoss(model, dtype=torch.float64)
+        assert step_loss.way == "layout"
+        step_loss.way = way
         batch = build_batch([grow(make_mixed_conversations())], pad_token_id=0)
-        made.append(gradients(model, trainer.summed_loss(batch)))
+        made.append(gradients(model, step_loss(batch)))
     for name, gradient in made[0].items():
         torch.testing.assert_close(made[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_family_that_takes_no_mask_trains_one_conversation_a_row(tiny_llava: Callable[..., Llava]) -> None:
+    model = tiny_llava().double()
+    groups = make_mixed_conversations()
+    expected = gradients(model, brute_force(model, [one for group in groups for one in group]))
+    step_loss = StepLoss(model, dtype=torch.float64)
+    step_loss.way = "none"
+    rows = lay_out(separately(groups), Layout(256, 1, 256, IMAGE_ID, 0))
+    made = gradients(model, torch.stack([step_loss(batch) for batch in rows]).sum())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(made[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_captions_of_one_picture_may_begin_with_their_answer(tiny_llava: Callable[..., Llava]) -> None:

@@ -69,6 +69,10 @@ class Batch:
         mask &= torch.ones(length, length, dtype=torch.bool, device=trees.device).tril()
         return mask.unsqueeze(1)  # (B, 1, T, T)
 
+    def padding_mask(self) -> Tensor:
+        """(B, T) 1 at real tokens: all that a row of one conversation needs."""
+        return (self.tree_ids != PADDING_TREE).long()
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         if device.type == "cpu":

@@ -2,17 +2,13 @@
 
 Three children (`vision_tower`, `multi_modal_projector`, `language_model`) and, for tiled pictures with rows marked,
 one learnt row `image_newline`. Tower and language model are transformers' own classes. The placeholders are already
-expanded in `input_ids`, one `image_token_id` for each feature row, so `forward` is one masked write.
-
-Two traps of transformers 5 are closed here. With `attention_mask=None` and position ids that restart, its models
-guess that rows are packed, and branches of a tree lose their picture; with an all-ones mask instead, packed samples
-silently see each other. So restarted positions are refused without a (B, 1, T, T) mask. And with such a mask its
-models drop their sliding window, so the window is put back here.
+expanded in `input_ids`, one `image_token_id` for each feature row, so `forward` is one masked write. What
+transformers 5 makes of packed rows, and which of its traps are closed, is in model/language.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 
 from llava.errors import PromptError
 from llava.model.config import LlavaConfig
+from llava.model.language import build_language_model, run_language_model
 from llava.model.merge import merge_tiles, new_newline
 from llava.model.projector import build_projector
 from llava.model.tree_attention import TreeLayout
@@ -127,8 +124,9 @@ class Llava(nn.Module):
             skipped_tokens=self.config.skipped_tokens,
         )
         for parameter in self.multi_modal_projector.parameters():
-            features = features.to(parameter.dtype)
-            break
+            if parameter.is_floating_point():  # 4 bit weights are bytes
+                features = features.to(parameter.dtype)
+                break
         return cast(Tensor, self.multi_modal_projector(features))
 
     def touch_vision(self) -> Tensor:
@@ -178,7 +176,7 @@ class Llava(nn.Module):
         input_ids, position_ids: (B, T). attention_mask: (B, S) with 1 at real tokens (S counts the cached ones too),
         or (B, 1, T, S) bool with True where a row's token may attend; rows whose positions restart need the latter.
         past_key_values: a transformers Cache, filled in place. image_features: (F, D), instead of pixel_values.
-        tree_layout: instead of the mask, once llava.model.tree_attention.enable_tree_attention said yes.
+        tree_layout: instead of the mask, once llava.model.tree_support.enable_tree_attention said yes.
         """
         if use_cache and past_key_values is None:
             raise ValueError("use_cache=True needs a Cache in past_key_values: it is filled in place")
@@ -206,44 +204,19 @@ class Llava(nn.Module):
         tree_layout: TreeLayout | None = None,
     ) -> Tensor:
         """The language model on embeddings (B, T, D); arguments and result as in `forward`."""
-        if tree_layout is not None:
-            # Who sees whom is in the layout. A mask of four dimensions, whatever its size, keeps transformers from
-            # making one of its own out of the restarted positions.
-            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
-        if position_ids is not None:
-            refuse_unmasked_restarts(position_ids, attention_mask)
-        config: Any = cast(Any, self.language_model).config
-        mask: Tensor | Mapping[str, Tensor] | None = attention_mask
-        if attention_mask is not None and attention_mask.dim() == 4:
-            mask = prepare_mask(attention_mask, position_ids, config, embeddings.dtype)
-        extra: dict[str, Any] = (
-            {} if position_ids is None or config.model_type == "mpt" else {"position_ids": position_ids}
-        )
-        if tree_layout is not None:
-            extra["tree_layout"] = tree_layout
-        output = self.decoder(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
+        return run_language_model(
+            self.language_model,
+            embeddings,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **extra,
+            tree_layout=tree_layout,
         )
-        return cast(Tensor, output[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., D) to (..., V)."""
         return cast(Tensor, self.lm_head(hidden))
-
-
-def build_language_model(text_config: Mapping[str, Any]) -> nn.Module:
-    """A ...ForCausalLM of this configuration on the default device, weights not loaded."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    values = {key: value for key, value in text_config.items() if key != "model_type"}
-    config = CONFIG_MAPPING[text_config["model_type"]](**values)
-    # sdpa takes boolean masks as they are; MPT brings its own attention
-    chosen = {} if config.model_type == "mpt" else {"attn_implementation": "sdpa"}
-    return cast(nn.Module, AutoModelForCausalLM.from_config(config, **chosen))
 
 
 def place_image_features(embeddings: Tensor, features: Tensor, is_image: Tensor) -> Tensor:
@@ -260,67 +233,3 @@ def place_image_features(embeddings: Tensor, features: Tensor, is_image: Tensor)
             "the tokens and the pictures must come from the same processor call"
         )
     return embeddings.masked_scatter(is_image[..., None], features.to(embeddings))
-
-
-def refuse_unmasked_restarts(position_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise ValueError when positions restart inside a row and no (B, 1, T, S) mask says who may see whom.
-
-    position_ids: (B, T); attention_mask: None, (B, S) or (B, 1, T, S). Padding (0 in a (B, S) mask) does not count.
-    """
-    if position_ids.shape[1] < 2 or (attention_mask is not None and attention_mask.dim() == 4):
-        return
-    broken = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is not None:
-        real = attention_mask[:, -position_ids.shape[1] :].bool()
-        broken = broken & real[:, 1:] & real[:, :-1]
-    if bool(broken.any()):
-        raise ValueError(
-            "position_ids restart inside a row, so the row is packed: pass attention_mask as (B, 1, T, T) bool "
-            "(Batch.attention_mask()); without it packed samples see each other or lose their picture"
-        )
-
-
-def prepare_mask(
-    allowed: Tensor, position_ids: Tensor | None, config: Any, dtype: torch.dtype
-) -> Tensor | Mapping[str, Tensor]:
-    """An explicit mask in the form that this language model takes, with its sliding window put back.
-
-    allowed: (B, 1, T, S) bool. The window counts positions, not columns: a branch's tokens are as near to the shared
-    prefix as they would be in a row of their own. Returns bool for sdpa, an additive float mask for eager attention,
-    and a mapping by layer type where layers differ.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    if window is None or position_ids is None or int(position_ids.max()) < window:
-        narrowed = allowed
-    else:
-        if allowed.shape[-1] != allowed.shape[-2]:
-            raise ValueError("an explicit mask over cached tokens is not supported with a sliding window")
-        distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]  # (B, 1, T, T)
-        narrowed = allowed & (distance < window)
-    as_taken = {"full_attention": allowed, "sliding_attention": narrowed}
-    if config.model_type == "mpt":
-        _refuse_trees_for_alibi(allowed, position_ids)
-    if getattr(config, "_attn_implementation", "sdpa") == "eager":
-        lowest = torch.finfo(dtype).min
-        as_taken = {
-            kind: torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
-            for kind, mask in as_taken.items()
-        }
-    if kinds == {"full_attention", "sliding_attention"}:
-        return as_taken
-    if kinds == {"full_attention"} or window is None:
-        return as_taken["full_attention"]
-    return as_taken["sliding_attention"]
-
-
-def _refuse_trees_for_alibi(allowed: Tensor, position_ids: Tensor | None) -> None:
-    """Raise ValueError for trees on MPT: its ALiBi counts columns, so only plain packing is exact."""
-    if position_ids is None:
-        return
-    offset = torch.arange(position_ids.shape[1], device=position_ids.device)[None] - position_ids  # (B, T)
-    different = offset[:, :, None] != offset[:, None, :]  # constant inside a sample
-    if bool((allowed[:, 0] & different).any()):
-        raise ValueError("MPT's ALiBi counts columns, so branches cannot share a prefix; pack without trees")

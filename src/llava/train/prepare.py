@@ -15,7 +15,7 @@ from llava.data.order import signed_lengths
 from llava.data.sources import ConversationSet, read_conversations, resolve_image
 from llava.distributed import pick_device, pick_dtype, world_size
 from llava.errors import DataError, RecipeError, TrainingError
-from llava.model.tree_attention import enable_tree_attention
+from llava.model.tree_support import find_tree_support
 from llava.prompt.processor import Processor
 from llava.train.loop import Trainer
 from llava.train.progress import RunInfo
@@ -144,7 +144,9 @@ def _with_prompt_settings(loaded: Loaded, *, template: str | None, image_mode: s
 
 def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet) -> Loader:
     data, optim = recipe.data, recipe.optim
-    limit = min(data.conversations_per_tree, optim.batch_conversations) if data.group_by_picture else 1
+    support = find_tree_support(loaded.model.language_model)
+    shared = data.group_by_picture and support.trees
+    limit = min(data.conversations_per_tree, optim.batch_conversations) if shared else 1
     groups = conversations.group_by_picture(limit=limit)
     plan = StepPlan(
         groups,
@@ -158,10 +160,11 @@ def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet
     processor = loaded.processor if data.template is None else loaded.processor.with_template(data.template)
     encode = GroupEncoder(conversations, processor, max_tokens=data.max_tokens, drop_too_long=data.too_long == "drop")
     pad = processor.tokenizer.pad_token_id
-    by_trees = enable_tree_attention(loaded.model.language_model)
+    # Attention by trees does not care where trees lie; a mask costs the square of a row; without either: no company.
+    row_tokens = {"layout": recipe.run.micro_batch_tokens, "none": 1}.get(support.way, data.row_tokens)
     layout = Layout(
         tree_tokens=data.row_tokens,
-        row_tokens=recipe.run.micro_batch_tokens if by_trees else data.row_tokens,
+        row_tokens=row_tokens,
         micro_batch_tokens=recipe.run.micro_batch_tokens,
         image_token_id=processor.image_token_id,
         pad_token_id=0 if pad is None else pad,  # masked out; any id in the vocabulary does

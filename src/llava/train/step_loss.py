@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llava.data.batch import Batch, build_batch
 from llava.data.packing import Branch, Tree
 from llava.model.llava import Llava
-from llava.model.tree_support import enable_tree_attention
+from llava.model.tree_support import Way, enable_tree_attention, find_tree_support
 from llava.prompt.processor import IGNORE_LABEL
 from llava.train.loss import answer_loss
 
@@ -32,8 +32,9 @@ class StepLoss(nn.Module):
         self.model = model
         self.with_all_parts = with_all_parts
         self._dtype = dtype
-        # 3x less time in attention than with the mask; families that cannot take the mask.
-        self._by_trees = enable_tree_attention(model.language_model)
+        # the fastest way that is exact for this family; a test may set another
+        self.way: Way = find_tree_support(model.language_model).way
+        enable_tree_attention(model.language_model)
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed cross-entropy of a batch's answer tokens, a scalar; the batch lies on the device of the step."""
@@ -41,10 +42,15 @@ class StepLoss(nn.Module):
             hidden = self.model.decode(
                 self._embed(batch),
                 position_ids=batch.position_ids,
-                attention_mask=None if self._by_trees else batch.attention_mask(),
-                tree_layout=batch.layout if self._by_trees else None,
+                attention_mask=self._mask(batch),
+                tree_layout=batch.layout if self.way == "layout" else None,
             )
             return answer_loss(hidden, self.model.logits, predictors=batch.predictors, targets=batch.targets)
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        if self.way == "layout":
+            return None
+        return batch.padding_mask() if self.way == "none" else batch.attention_mask()
 
     def _embed(self, batch: Batch) -> Tensor:
         """The batch's embeddings, (B, T, D)."""
