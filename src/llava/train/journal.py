@@ -9,11 +9,30 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llava.errors import TrainingError
+
 _log = logging.getLogger(__name__)
+
+
+class UnsavedError(TrainingError):
+    """Something could not be written. What was saved before is whole, and the same command goes on from it."""
+
+
+@contextmanager
+def naming_unsaved(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into an UnsavedError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UnsavedError(
+            f"{path}: cannot be written ({error.strerror or error}); what was saved before is whole, so free some "
+            "space or fix the folder, and run the same command again"
+        ) from error
 
 
 class Journal:

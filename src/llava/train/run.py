@@ -15,6 +15,7 @@ import logging
 import platform
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ import llava
 from llava.checkpoint.huggingface import save
 from llava.data.sources import iterate_origins
 from llava.errors import TrainingError
-from llava.train.journal import Journal, write_durably
+from llava.train.journal import Journal, UnsavedError, naming_unsaved, write_durably
 from llava.train.loop import StepRecord
 from llava.train.metrics import MetricsLog, draw_loss, read_metrics
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
@@ -37,7 +38,7 @@ from llava.train.progress import Watcher
 from llava.train.resume import differences, held_folder, refuse_another_run, take_fingerprints
 from llava.train.samples import answer_samples
 from llava.train.sections import Recipe
-from llava.train.state import UnsavedError, collect_tensors, load_newest, restore_tensors, save_state
+from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
     _check_space(prepared)
     _restore(prepared)
     first_step = prepared.loader.position
-    _describe(prepared, state="running")
+    with naming_unsaved(out_dir):
+        _describe(prepared, state="running")
     watcher.started(prepared.info)
     try:
         last = _train(prepared, watcher)
@@ -144,23 +146,21 @@ class _Journals:
     @classmethod
     def open(cls, prepared: Prepared) -> _Journals:
         """Open them, cut back to the step that the run goes on from."""
-        out_dir, position = prepared.out_dir, prepared.loader.position
-        bad_steps = Journal(out_dir / "bad_steps.jsonl", resume_at=position)
-        conversations = prepared.conversations
-        prepared.trainer.guard.report_to(bad_steps, lambda numbers: [*iterate_origins(conversations, numbers)])
-        metrics = MetricsLog(out_dir / "metrics.jsonl", resume_at=position)
-        return cls(metrics, Journal(out_dir / "samples.jsonl", resume_at=position), bad_steps)
+        out_dir, position, conversations = prepared.out_dir, prepared.loader.position, prepared.conversations
+        with naming_unsaved(out_dir):
+            opened = cls(
+                MetricsLog(out_dir / "metrics.jsonl", resume_at=position),
+                Journal(out_dir / "samples.jsonl", resume_at=position),
+                Journal(out_dir / "bad_steps.jsonl", resume_at=position),
+            )
+        prepared.trainer.guard.report_to(opened.bad_steps, lambda numbers: [*iterate_origins(conversations, numbers)])
+        return opened
 
     def sync(self) -> None:
         """Put every line on the disk. Raises UnsavedError when that cannot be done."""
         for journal in (self.metrics, self.samples, self.bad_steps):
-            try:
+            with naming_unsaved(journal.path):
                 journal.sync()
-            except OSError as error:
-                raise UnsavedError(
-                    f"{journal.path}: {error.strerror}; free some space or fix the folder; earlier checkpoints are "
-                    "whole, and the same command goes on from them"
-                ) from error
 
 
 def _save(prepared: Prepared, record: StepRecord, journals: _Journals) -> Path:
@@ -181,7 +181,8 @@ def _restore(prepared: Prepared) -> None:
     trainer, loaded = prepared.trainer, prepared.loaded
     template = prepared.recipe.data.template
     processor = loaded.processor if template is None else loaded.processor.with_template(template)
-    prepared.notes["fingerprints"] = take_fingerprints(loaded.model, processor)
+    with naming_unsaved(Path(tempfile.gettempdir())):
+        prepared.notes["fingerprints"] = take_fingerprints(loaded.model, processor)
     saved = load_newest(prepared.out_dir / "checkpoints")
     if saved is None:
         return
@@ -203,16 +204,11 @@ def _facts_of(prepared: Prepared) -> dict[str, Any]:
 def _finish(prepared: Prepared) -> None:
     """The model, the plot, the record that the run is done; the checkpoints have done their service."""
     out_dir = prepared.out_dir
-    try:
+    with naming_unsaved(out_dir):
         save(prepared.loaded.model, prepared.loaded.processor, out_dir)
         plot = draw_loss(read_metrics(out_dir / "metrics.jsonl"), title=prepared.recipe.description or out_dir.name)
         write_durably(out_dir / "loss.svg", plot)
         _describe(prepared, state="finished")
-    except OSError as error:
-        raise UnsavedError(
-            f"{out_dir}: the trained model could not be written ({error.strerror}); free some space or fix the folder, "
-            "and the same command goes on from the newest checkpoint"
-        ) from error
     shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
 
 

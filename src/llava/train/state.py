@@ -30,17 +30,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava.errors import TrainingError
-from llava.train.journal import sync_path
+from llava.train.journal import UnsavedError, sync_path
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
 _FILES = ("state.safetensors", "state.json")
 FORMAT = 2
-
-
-class UnsavedError(TrainingError):
-    """A checkpoint could not be written. Earlier ones are whole, and nothing of it is left."""
 
 
 @dataclass(frozen=True)
