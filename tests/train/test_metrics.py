@@ -1,13 +1,10 @@
-"""The lines and the plot."""
+"""The lines of metrics.jsonl."""
 
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import pytest
-
 from llava.train.loop import StepRecord
-from llava.train.metrics import MetricsLog, describe_step, draw_loss, read_metrics, running_mean
+from llava.train.metrics import MetricsLog, describe_step, read_metrics, running_mean
 
 
 def record(step: int, loss: float = 1.5, **changes: object) -> StepRecord:
@@ -48,16 +45,6 @@ def test_a_new_run_starts_a_new_log(tmp_path: Path) -> None:
     MetricsLog(tmp_path / "m.jsonl").write(record(1))
     MetricsLog(tmp_path / "m.jsonl")
     assert read_metrics(tmp_path / "m.jsonl") == []
-
-
-@pytest.mark.parametrize("losses", [[], [2.0], [2.0, 2.0], [3.0, float("nan"), 1.0], [0.0] * 30, [-1.0, 5.0]])
-def test_the_plot_is_xml_whatever_the_losses(losses: list[float]) -> None:
-    lines = [describe_step(record(step, loss)) for step, loss in enumerate(losses, start=1)]
-    root = ElementTree.fromstring(draw_loss(lines, title="a <b> & c"))
-    assert root.tag.endswith("svg")
-    drawn = [element for element in root if element.tag.endswith("polyline")]
-    assert len(drawn) == (2 if losses else 0)
-    assert "nan" not in draw_loss(lines, title="")
 
 
 def test_the_running_mean_forgets() -> None:

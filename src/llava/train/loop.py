@@ -25,6 +25,7 @@ from llava.train.parallel import Parallel
 from llava.train.sections import OptimSection
 from llava.train.stages import check_reached
 from llava.train.step_loss import make_blank_batch
+from llava.train.throughput import Work
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class StepRecord:
     loss: mean over the step's answer tokens; learning_rate: of the first group; grad_norm: before clipping;
     tokens: without padding, positions: with it; seconds: of the step itself; waited_seconds: for the loader before it;
     skipped: the weights were left alone because the gradient was not finite; overflowed: because float16's loss scale
-        was too high, which is no fault of the data.
+        was too high, which is no fault of the data; tiles, pairs: what went through, as in llava.train.throughput.Work.
     """
 
     step: int
@@ -51,6 +52,8 @@ class StepRecord:
     waited_seconds: float
     skipped: bool
     overflowed: bool = False
+    tiles: int = 0
+    pairs: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,23 +74,26 @@ class _Totals:
     positions: int
     dropped: int
     with_pictures: int
+    tiles: int
+    pairs: int
     micro_batches: int
 
     @classmethod
     def of(cls, step: GlobalStep, batches: Sequence[Batch]) -> _Totals:
         """Agree with the other processes; `batches` are those of the step that this one has to compute."""
+        work = Work.of(step.micro_batches)
         rows = gather_rows(
-            step.num_answer_tokens,
-            sum(batch.num_tokens for batch in step.micro_batches),
+            work.answer_tokens,
+            work.tokens,
             sum(batch.input_ids.numel() for batch in step.micro_batches),
             step.dropped,
             sum(batch.pixel_values is not None for batch in batches),
+            work.tiles,
+            work.pairs,
             len(batches),
         )
-        answer_tokens, tokens, positions, dropped, pictures, _ = (
-            int(sum(column)) for column in zip(*rows, strict=True)
-        )
-        return cls(answer_tokens, tokens, positions, dropped, pictures, micro_batches=int(max(row[-1] for row in rows)))
+        *sums, _ = (int(sum(column)) for column in zip(*rows, strict=True))
+        return cls(*sums, int(max(row[-1] for row in rows)))
 
 
 class Trainer:
@@ -167,6 +173,8 @@ class Trainer:
             waited_seconds=waited_seconds,
             skipped=verdict != "good" or not answer_tokens,
             overflowed=verdict == "overflow",
+            tiles=totals.tiles,
+            pairs=totals.pairs,
         )
 
     def _accumulate(self, batches: Sequence[Batch], answer_tokens: int, *, count: int | None = None) -> float:

@@ -1,15 +1,16 @@
-"""What a run leaves to look at: `metrics.jsonl`, one line a step, and `loss.svg`, drawn by ourselves."""
+"""`metrics.jsonl`, one line a step: what a run did, in numbers (train/plot.py draws them)."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava.train.journal import Journal, read_lines
-from llava.train.loop import StepRecord
+
+if TYPE_CHECKING:
+    from llava.train.loop import StepRecord
 
 
 class MetricsLog:
@@ -59,43 +60,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return read_lines(path)
 
 
-def draw_loss(lines: Sequence[Mapping[str, Any]], *, title: str, width: int = 640, height: int = 320) -> str:
-    """The loss over the steps as an SVG text: every step faint, a running mean strong. Opens in any browser."""
-    points = [(int(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
-    left, right, top, bottom = 52, 12, 30, 34
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="system-ui, sans-serif" font-size="12" role="img">'
-        f'<title>{html.escape(title)}</title><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="{left}" y="18" font-weight="600">{html.escape(title)}</text>'
-    )
-    if not points:
-        return head + f'<text x="{left}" y="{height // 2}">no steps yet</text></svg>'
-    steps = [step for step, _ in points]
-    smooth = running_mean([loss for _, loss in points])
-    high = max(sorted(loss for _, loss in points)[max(0, math.ceil(0.995 * len(points)) - 1)], max(smooth))
-    low = min(0.0, min(loss for _, loss in points))
-    high = high if high > low else low + 1.0
+def draw_loss(lines: Sequence[dict[str, Any]], *, title: str) -> str:
+    """The curves as an SVG text."""
+    from llava.train.plot import draw_run
 
-    def place(step: float, loss: float) -> str:
-        x = left + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (width - left - right)
-        y = top + (1 - (min(loss, high) - low) / (high - low)) * (height - top - bottom)
-        return f"{x:.1f},{y:.1f}"
-
-    parts = [head]
-    for tick in _ticks(low, high):
-        y = float(place(steps[0], tick).split(",")[1])
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end" fill="#555">{tick:g}</text>')
-    for step in sorted({steps[0], steps[len(steps) // 2], steps[-1]}):
-        x = place(step, low).split(",")[0]
-        parts.append(f'<text x="{x}" y="{height - 12}" text-anchor="middle" fill="#555">{step}</text>')
-    raw = " ".join(place(step, loss) for step, loss in points)
-    mean = " ".join(place(step, loss) for step, loss in zip(steps, smooth, strict=True))
-    parts.append(f'<polyline points="{raw}" fill="none" stroke="#9ecae1" stroke-width="1"/>')
-    parts.append(f'<polyline points="{mean}" fill="none" stroke="#08519c" stroke-width="2"/>')
-    parts.append("</svg>")
-    return "".join(parts)
+    return draw_run(lines, title=title).svg()
 
 
 def running_mean(values: Sequence[float], *, window: int = 25) -> list[float]:
@@ -108,15 +77,6 @@ def running_mean(values: Sequence[float], *, window: int = 25) -> list[float]:
             total -= values[index - window]
         means.append(total / min(index + 1, window))
     return means
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between two."""
-    span = high - low
-    step = 10.0 ** math.floor(math.log10(span))
-    step = next(s for s in (step / 5, step / 2, step, step * 2) if span / s <= 6)
-    first = math.ceil(low / step)
-    return [round(k * step, 10) for k in range(first, int(high / step) + 1)]
 
 
 def _finite(value: float) -> float | None:
