@@ -93,7 +93,7 @@ class _Totals:
             len(batches),
         )
         *sums, _ = (int(sum(column)) for column in zip(*rows, strict=True))
-        return cls(*sums, int(max(row[-1] for row in rows)))
+        return cls(*[*sums, int(max(row[-1] for row in rows))])
 
 
 class Trainer:
