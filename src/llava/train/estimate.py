@@ -215,7 +215,7 @@ def trace_step(model: Llava, batch: MicroBatch, *, dtype: torch.dtype, accumulat
                     hidden = fake.decode(embeddings, position_ids=None if layout is None else ids, tree_layout=layout)
                 with trace.phase("logits"):
                     answers = torch.zeros(max(batch.answer_tokens, 1), dtype=torch.long, device=device)
-                    loss = answer_loss(hidden, fake.logits, predictors=answers, targets=answers)
+                    loss = answer_loss(hidden, fake, predictors=answers, targets=answers)
                 del embeddings, hidden, features
             with trace.phase("backward"):
                 torch.autograd.backward(loss)

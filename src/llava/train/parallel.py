@@ -72,9 +72,10 @@ class Parallel:
         """Add the gradient of a batch's summed loss times `scale`, summed over all processes' batches; `last` says that
         the step is at its last. Returns this process's summed loss, without `scale` and without a graph."""
         with self._without_sync() if not last else nullcontext():
-            loss = cast(Tensor, (self._ddp or self.step_loss)(batch))
-            torch.autograd.backward(loss * (scale * self.processes))
-        return loss.detach()
+            scale *= self.processes
+            loss = cast(Tensor, (self._ddp or self.step_loss)(batch, scale))
+            torch.autograd.backward(loss)
+        return loss.detach() / scale
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
         """Scale the gradients to a norm of at most `limit` over all processes; returns the norm before."""

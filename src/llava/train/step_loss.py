@@ -36,8 +36,8 @@ class StepLoss(nn.Module):
         self.way: Way = find_tree_support(model.language_model).way
         enable_tree_attention(model.language_model)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The summed cross-entropy of a batch's answer tokens, a scalar; the batch lies on the device of the step."""
+    def forward(self, batch: Batch, scale: float = 1.0) -> Tensor:
+        """`scale` times the summed cross-entropy of a batch's answer tokens; the batch lies on the step's device."""
         with self._autocast(batch.input_ids.device.type):
             hidden = self.model.decode(
                 self._embed(batch),
@@ -45,7 +45,7 @@ class StepLoss(nn.Module):
                 attention_mask=self._mask(batch),
                 tree_layout=batch.layout if self.way == "layout" else None,
             )
-            return answer_loss(hidden, self.model.logits, predictors=batch.predictors, targets=batch.targets)
+            return answer_loss(hidden, self.model, predictors=batch.predictors, targets=batch.targets, scale=scale)
 
     def _mask(self, batch: Batch) -> Tensor | None:
         if self.way == "layout":
