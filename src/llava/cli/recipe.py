@@ -11,13 +11,16 @@ app = typer.Typer(no_args_is_help=True, help="List, show and explain training re
 
 @app.command("list")
 def list_recipes() -> None:
-    """Name the recipes that come with llava."""
-    from llava.train.recipe import load_recipe, shipped_recipes
+    """Name the recipes that come with llava, family by family."""
+    from llava.train.catalogue import by_family
 
-    shipped = shipped_recipes()
-    width = max(len(name) for name in shipped)
-    for name in shipped:
-        typer.echo(f"{name:<{width}}  {load_recipe(name).description}")
+    families = list(by_family())
+    width = max(len(entry.name) for _, entries in families for entry in entries)
+    for number, (heading, entries) in enumerate(families):
+        typer.echo(("\n" if number else "") + heading)
+        for entry in entries:
+            typer.echo(f"  {entry.name:<{width}}  {entry.recipe.description}")
+    typer.echo("\nNext: llava recipe show NAME, then llava train NAME data.files=[mine.json] --out runs/mine")
 
 
 @app.command()
