@@ -68,6 +68,10 @@ class Parallel:
         """Whether no process holds the whole model."""
         return self.mode in ("zero2", "zero3")
 
+    def describe(self) -> str:
+        """How and on what a step is computed, for the line before the first step."""
+        return str(self.device) if self.mode == "one" else f"{self.processes} x {self.device.type} ({self.mode})"
+
     def backward(self, batch: Batch, *, scale: float, last: bool) -> Tensor:
         """Add the gradient of a batch's summed loss times `scale`, summed over all processes' batches; `last` says that
         the step is at its last. Returns this process's summed loss, without `scale` and without a graph."""

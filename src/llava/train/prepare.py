@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from llava.data.encoding import GroupEncoder
 from llava.data.loader import Layout, Loader, StepPlan
 from llava.data.order import signed_lengths
 from llava.data.sources import ConversationSet, read_conversations, resolve_image
-from llava.distributed import pick_device, pick_dtype, world_size
-from llava.errors import DataError, RecipeError, TrainingError
+from llava.distributed import pick_device, pick_dtype, process_count, process_number, refuse_difference
+from llava.errors import DataError, RecipeError
+from llava.model.llava import Llava
 from llava.model.tree_support import find_tree_support
 from llava.prompt.processor import Processor
+from llava.train.journal import naming_unsaved
 from llava.train.loop import Trainer
+from llava.train.parallel import Parallel, choose_mode
 from llava.train.progress import RunInfo
+from llava.train.resume import take_fingerprints
 from llava.train.sections import Recipe
 from llava.train.stages import PartSummary, apply_stage, describe_stage
 from llava.train.state import seed_generators
@@ -46,15 +51,13 @@ class Prepared:
             total_steps=self.loader.plan.total_steps,
             first_step=self.loader.position,
             conversations=len(self.conversations),
-            device=str(self.trainer.device),
+            device=self.trainer.parallel.describe(),
             dtype=str(self.dtype).removeprefix("torch."),
         )
 
 
 def prepare_run(recipe: Recipe) -> Prepared:
     """Open and check all that a recipe names."""
-    if world_size() > 1:
-        raise TrainingError("training with several processes is not supported yet; start one process, without torchrun")
     out_dir = out_dir_of(recipe)
     device = pick_device(recipe.run.device)
     dtype = pick_dtype(device, recipe.run.dtype)
@@ -65,16 +68,60 @@ def prepare_run(recipe: Recipe) -> Prepared:
     seed_generators(recipe.run.seed)
     loaded = open_model(recipe)
     summaries = apply_stage(loaded.model, recipe.tune)
+    with naming_unsaved(Path(tempfile.gettempdir())):
+        fingerprints = take_fingerprints(loaded.model, _data_processor(recipe, loaded))
+    parallel = spread_model(recipe, loaded.model, device=device, dtype=dtype)
     loader = _build_loader(recipe, loaded, conversations)
+    refuse_difference("what the run starts from", repr((fingerprints, conversations.fingerprint)))
     trainer = Trainer(
         loaded.model,
         optim=recipe.optim,
         total_steps=loader.plan.total_steps,
         dtype=dtype,
         max_bad_steps=recipe.run.max_bad_steps,
+        parallel=parallel,
+        seed=recipe.run.seed,
     )
     loader.make(0)  # the first step's errors come before the first checkpoint, not after an hour of loading
-    return Prepared(recipe, out_dir, loaded, conversations, loader, trainer, summaries, dtype)
+    notes = {"fingerprints": fingerprints}
+    return Prepared(recipe, out_dir, loaded, conversations, loader, trainer, summaries, dtype, notes)
+
+
+def spread_model(recipe: Recipe, model: Llava, *, device: torch.device, dtype: torch.dtype) -> Parallel:
+    """Wrap a model that is ready to learn for the processes at hand. Raises RecipeError for what they cannot do."""
+    run = recipe.run
+    mode = choose_mode(run.parallel, model)
+    sharded = mode in ("zero2", "zero3")
+    if sharded and run.sample_every and run.sample_images:
+        raise RecipeError(
+            f"run.sample_every: under {mode} no process holds the whole model to answer with; set run.parallel to ddp, "
+            "or run.sample_every to null and ask the finished model with `llava chat`"
+        )
+    if run.cpu_offload and not sharded:
+        raise RecipeError(
+            f"run.cpu_offload goes with several processes and run.parallel zero2 or zero3, not with {mode!r}; "
+            "set run.cpu_offload to false"
+        )
+    if sharded and recipe.optim.optimizer == "adamw_8bit":
+        raise RecipeError(f"optim.optimizer: adamw_8bit cannot hold the parts that {mode} cuts weights in; use adamw")
+    if not sharded:
+        model.to(device)
+    return Parallel(model, mode=mode, device=device, dtype=dtype, cpu_offload=run.cpu_offload)
+
+
+def _data_processor(recipe: Recipe, loaded: Loaded) -> Processor:
+    """The processor that the run's conversations go through."""
+    template = recipe.data.template
+    return loaded.processor if template is None else loaded.processor.with_template(template)
+
+
+def _loading_device(recipe: Recipe) -> str:
+    """Where weights are read to: a model that is sharded afterwards never lies on a device as a whole."""
+    tune, run = recipe.tune, recipe.run
+    in_4bit = {"qlora", "frozen_4bit"} & {tune.vision_tower, tune.projector, tune.language_model}
+    if process_count() == 1 or run.parallel == "ddp" or in_4bit:
+        return str(pick_device(run.device))
+    return "cpu"
 
 
 def open_conversations(recipe: Recipe) -> ConversationSet:
@@ -95,9 +142,9 @@ def open_conversations(recipe: Recipe) -> ConversationSet:
 
 def open_model(recipe: Recipe) -> Loaded:
     """The model that the run starts from, in float32 (the optimizer's precision), with the recipe's prompt settings."""
-    wanted = recipe.model
+    wanted, device = recipe.model, _loading_device(recipe)
     if wanted.path is not None:
-        loaded = load(wanted.path, base=wanted.base, device=recipe.run.device, dtype="float32")
+        loaded = load(wanted.path, base=wanted.base, device=device, dtype="float32")
         return _with_prompt_settings(loaded, template=wanted.template, image_mode=wanted.image_mode)
     assert wanted.language_model is not None and wanted.vision_tower is not None  # the recipe's validator saw to it
     choices: dict[str, Any] = {
@@ -111,7 +158,7 @@ def open_model(recipe: Recipe) -> Loaded:
         projector=wanted.projector,
         seed=recipe.run.seed,
         match_embedding_scale=wanted.match_embedding_scale,
-        device=recipe.run.device,
+        device=device,
         dtype="float32",
         **{name: value for name, value in choices.items() if value is not None},
     )
@@ -157,7 +204,7 @@ def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet
         order=data.order,
         lengths=signed_lengths(conversations, groups) if data.order == "grouped_by_length" else (),
     )
-    processor = loaded.processor if data.template is None else loaded.processor.with_template(data.template)
+    processor = _data_processor(recipe, loaded)
     encode = GroupEncoder(conversations, processor, max_tokens=data.max_tokens, drop_too_long=data.too_long == "drop")
     pad = processor.tokenizer.pad_token_id
     # Attention by trees does not care where trees lie; a mask costs the square of a row; without either: no company.
@@ -169,7 +216,15 @@ def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet
         image_token_id=processor.image_token_id,
         pad_token_id=0 if pad is None else pad,  # masked out; any id in the vocabulary does
     )
-    return Loader(plan, encode, layout=layout, workers=data.workers, fingerprint=conversations.fingerprint)
+    return Loader(
+        plan,
+        encode,
+        layout=layout,
+        workers=data.workers,
+        rank=process_number(),
+        world_size=process_count(),
+        fingerprint=conversations.fingerprint,
+    )
 
 
 def out_dir_of(recipe: Recipe) -> Path:

@@ -5,7 +5,9 @@
 The run's folder ends as a LLaVA that `llava chat` opens. Beside the model lie `recipe.yaml` (every value, resolved),
 `run.json` (versions, seed, state), `metrics.jsonl`, `loss.svg`, `samples.jsonl` and, while it runs, `checkpoints/`. The
 same call again goes on from the newest whole checkpoint, and returns at once when the run is finished.
-Not covered yet: several processes, LoRA.
+With several processes (train/launch.py, torchrun) all of them make the same call; process 0 reads and writes the
+folder, so the others need not see it. Checkpoints hold whole tensors: any number of processes goes on from them.
+Not covered yet: LoRA.
 """
 
 from __future__ import annotations
@@ -14,12 +16,8 @@ import json
 import logging
 import platform
 import shutil
-import signal
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,24 +27,22 @@ import torch
 import llava
 from llava.checkpoint.huggingface import save
 from llava.data.sources import iterate_origins
+from llava.distributed import any_process, joined, pick_device, process_number, share_object
 from llava.errors import TrainingError
 from llava.train.journal import Journal, UnsavedError, naming_unsaved, write_durably
 from llava.train.loop import StepRecord
 from llava.train.metrics import MetricsLog, draw_loss, read_metrics
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
-from llava.train.resume import differences, held_folder, refuse_another_run, take_fingerprints
+from llava.train.resume import differences, held_folder, refuse_another_run
 from llava.train.samples import answer_samples
 from llava.train.sections import Recipe
 from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state
+from llava.train.stopping import RunStoppedError, asked_to_stop
 
 _log = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 << 20
-
-
-class RunStoppedError(KeyboardInterrupt):
-    """The run was asked to stop: its step was finished and saved. The message says how to go on."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +67,30 @@ def run_recipe(recipe: Recipe, *, resume: bool = True, watcher: Watcher | None =
     (a KeyboardInterrupt) after Ctrl-C or SIGTERM, once the step is saved; LlavaError for what the user can set right.
     """
     out_dir = out_dir_of(recipe)
-    with held_folder(out_dir):
-        return _run(recipe, out_dir, resume=resume, watcher=watcher or Watcher())
+    with joined(pick_device(recipe.run.device)), held_folder(out_dir) if _is_first() else nullcontext():
+        return _run(recipe, out_dir, resume=resume, watcher=watcher if watcher and _is_first() else Watcher())
+
+
+def _is_first() -> bool:
+    """Whether this is the process that reads and writes the run's folder."""
+    return process_number() == 0
 
 
 def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> RunResult:
     started = time.perf_counter()
-    if resume and (finished := _finished(out_dir, recipe)) is not None:
+    finished = share_object(_finished(out_dir, recipe) if resume and _is_first() else None)
+    if finished is not None:
         return finished
-    if not resume:
+    if not resume and _is_first():
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
     prepared = prepare_run(recipe)
-    _check_space(prepared)
+    if _is_first():
+        _check_space(prepared)
     _restore(prepared)
     first_step = prepared.loader.position
-    with naming_unsaved(out_dir):
-        _describe(prepared, state="running")
+    if _is_first():
+        with naming_unsaved(out_dir):
+            _describe(prepared, state="running")
     watcher.started(prepared.info)
     try:
         last = _train(prepared, watcher)
@@ -102,34 +106,37 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
 def _train(prepared: Prepared, watcher: Watcher) -> float | None:
     """Steps until the plan ends or somebody asks to stop; returns the last step's loss."""
     run, loader = prepared.recipe.run, prepared.loader
-    journals = _Journals.open(prepared)
-    lines = read_metrics(journals.metrics.path)
+    journals = _Journals.open(prepared) if _is_first() else None
+    lines = read_metrics(journals.metrics.path) if journals else []
     loss: float | None = lines[-1]["loss"] if lines else None
     saved_at = loader.position
-    with _asked_to_stop() as asked:
+    with asked_to_stop() as asked:
         for record in prepared.trainer.run(iter(loader)):
             loss = record.loss
-            if record.step % run.log_every == 0 or record.step == loader.plan.total_steps:
+            last = record.step == loader.plan.total_steps
+            if journals and (record.step % run.log_every == 0 or last):
                 journals.metrics.write(record)
             watcher.stepped(record)
-            if run.sample_every and run.sample_images and record.step % run.sample_every == 0:
+            if journals and run.sample_every and run.sample_images and record.step % run.sample_every == 0:
                 _sample(prepared, record.step, watcher, journals.samples)
-            last = record.step == loader.plan.total_steps
-            if last or record.step % run.save_every == 0 or asked.is_set():
+            stops = any_process(asked.is_set())
+            if last or record.step % run.save_every == 0 or stops:
                 try:
-                    watcher.saved(_save(prepared, record, journals))
+                    _save(prepared, record, journals, watcher)
                     saved_at = record.step
                 except UnsavedError as error:
                     # What is already trained is worth more than stopping: the next save may find the disk well again.
                     _log.error("%s", error)
-            if asked.is_set() and not last:
+            if stops and not last:
                 message = (
                     f"stopped after step {saved_at} of {loader.plan.total_steps}; the same command goes on from there"
                 )
                 watcher.stopped(message)
                 raise RunStoppedError(message)
-    journals.sync()
     guard = prepared.trainer.guard
+    if journals is None:
+        return loss
+    journals.sync()
     if guard.bad_steps:
         _log.warning("%d steps were skipped: not finite; see %s", guard.bad_steps, journals.bad_steps.path)
     return loss
@@ -163,33 +170,35 @@ class _Journals:
                 journal.sync()
 
 
-def _save(prepared: Prepared, record: StepRecord, journals: _Journals) -> Path:
+def _save(prepared: Prepared, record: StepRecord, journals: _Journals | None, watcher: Watcher) -> None:
     trainer = prepared.trainer
+    # Gathered before anything can go wrong on the first process alone: the others would wait for it for ever.
+    tensors = trainer.parallel.gather(collect_tensors(trainer.model, trainer.optimizer, trainer.device))
+    if journals is None:
+        return
     journals.sync()  # a checkpoint of step 200 with lines up to 190 would lose ten for good
     facts = {
         "loader": {**prepared.loader.state_dict(), "position": record.step},
         "guard": trainer.guard.state_dict(),
         **_facts_of(prepared),
     }
-    tensors = collect_tensors(trainer.model, trainer.optimizer, trainer.device)
     root = prepared.out_dir / "checkpoints"
-    return save_state(root, record.step, tensors=tensors, facts=facts, keep=prepared.recipe.run.keep)
+    watcher.saved(save_state(root, record.step, tensors=tensors, facts=facts, keep=prepared.recipe.run.keep))
 
 
 def _restore(prepared: Prepared) -> None:
     """Go on from the newest whole checkpoint, if there is one and it is of this run."""
-    trainer, loaded = prepared.trainer, prepared.loaded
-    template = prepared.recipe.data.template
-    processor = loaded.processor if template is None else loaded.processor.with_template(template)
-    with naming_unsaved(Path(tempfile.gettempdir())):
-        prepared.notes["fingerprints"] = take_fingerprints(loaded.model, processor)
-    saved = load_newest(prepared.out_dir / "checkpoints")
-    if saved is None:
+    trainer = prepared.trainer
+    saved = load_newest(prepared.out_dir / "checkpoints") if _is_first() else None
+    if saved is not None:
+        refuse_another_run(saved.folder, saved.facts, _facts_of(prepared))
+    facts = share_object(None if saved is None else saved.facts)
+    if facts is None:
         return
-    refuse_another_run(saved.folder, saved.facts, _facts_of(prepared))
-    restore_tensors(saved.tensors, trainer.model, trainer.optimizer, trainer.device)
-    trainer.guard.load_state_dict(saved.facts["guard"])
-    prepared.loader.load_state_dict(saved.facts["loader"])
+    tensors = trainer.parallel.spread(None if saved is None else saved.tensors)
+    restore_tensors(tensors, trainer.model, trainer.optimizer, trainer.device)
+    trainer.guard.load_state_dict(facts["guard"])
+    prepared.loader.load_state_dict(facts["loader"])
 
 
 def _facts_of(prepared: Prepared) -> dict[str, Any]:
@@ -203,6 +212,8 @@ def _facts_of(prepared: Prepared) -> dict[str, Any]:
 
 def _finish(prepared: Prepared) -> None:
     """The model, the plot, the record that the run is done; the checkpoints have done their service."""
+    if not prepared.trainer.parallel.make_whole():
+        return
     out_dir = prepared.out_dir
     with naming_unsaved(out_dir):
         save(prepared.loaded.model, prepared.loaded.processor, out_dir)
@@ -219,27 +230,6 @@ def _sample(prepared: Prepared, step: int, watcher: Watcher, journal: Journal) -
     for sample in samples:
         watcher.sampled(sample)
         journal.write({"step": step, "image": str(sample.image), "question": sample.question, "answer": sample.answer})
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once. Only in the main thread."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def note(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- the run's folder --------------------------------------------------------------------------------------------

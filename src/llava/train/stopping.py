@@ -1,0 +1,58 @@
+"""Stopping a run from outside: Ctrl-C, SIGTERM, and a launcher that is gone.
+
+A signal only raises a flag; the step that is being computed is finished and saved. With several processes the flag
+of any of them stops all after the same step (train/run.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Set by train/launch.py: standard input is then a pipe whose end means that the launcher is gone.
+LIFELINE = "LLAVA_LIFELINE"
+# A launcher passes a Ctrl-C on that the terminal has sent to everybody: what comes so soon again is the same one.
+_SAME_WISH_SECONDS = 1.0
+
+
+class RunStoppedError(KeyboardInterrupt):
+    """The run was asked to stop: its step was finished and saved. The message says how to go on."""
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once. Only in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    first = 0.0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal first
+        if asked.is_set() and number == signal.SIGINT and time.monotonic() - first > _SAME_WISH_SECONDS:
+            raise KeyboardInterrupt
+        if not asked.is_set():
+            first = time.monotonic()
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    if os.environ.get(LIFELINE):
+        threading.Thread(target=_stop_with_launcher, daemon=True).start()
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_with_launcher() -> None:
+    """Ask this process to stop when the one that launched it has ended without saying so."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
