@@ -80,9 +80,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_steps_answer_tokens(
         if wanted is None:
             assert parameter.grad is None, name
             continue
-        torch.testing.assert_close(
-            parameter.grad, wanted, rtol=1e-6, atol=1e-8, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        # norms round to float32 inside, before or after the division
+        assert float((parameter.grad - wanted).norm()) <= 1e-6 * float(wanted.norm()), name
 
 
 def test_a_tiny_model_learns_to_read_its_picture(tiny_llava: Callable[..., Llava]) -> None:

@@ -18,8 +18,8 @@ from torch.nn import functional
 from llava.model.llava import Llava
 
 # Scores in float32 that are alive at once, counted once; their gradient, and a copy under autocast, lie beside them.
-# 512 answer tokens at a vocabulary of 32,000: enough rows for a matrix product at full speed.
-CHUNK_BYTES = 64 << 20
+# 262 answer tokens at a vocabulary of 32,000: enough rows for a matrix product at full speed.
+CHUNK_BYTES = 32 << 20
 
 
 def answer_loss(
