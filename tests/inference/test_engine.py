@@ -38,6 +38,9 @@ class Counter:
         assert set(branches) <= self.alive
         return self.after(token_ids)
 
+    def keep(self, branch: int) -> None:
+        assert branch in self.alive
+
     def free(self, branches: Sequence[int]) -> None:
         self.alive -= set(branches)
 

@@ -62,6 +62,18 @@ class KeyValueCache:
             tensor[target, :columns] = tensor[source, :columns]
         self.owner[target, columns:] = NOBODY
 
+    def read(self, row: int, *, columns: int) -> Tensor:
+        """A copy of a row's first columns: (layers, 2, columns, heads, head_dim), keys before values."""
+        layers = zip(self._keys, self._values, strict=True)
+        return torch.stack([torch.stack([keys[row, :columns], values[row, :columns]]) for keys, values in layers])
+
+    def write(self, row: int, state: Tensor, *, columns: int) -> None:
+        """Put the first columns of what `read` gave into a row, as its prefix."""
+        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
+            keys[row, :columns] = state[layer, 0, :columns]
+            values[row, :columns] = state[layer, 1, :columns]
+        self.owner[row, :columns] = PREFIX
+
     def _grown(self, tensors: list[Tensor], rows: int, columns: int, used: int) -> list[Tensor]:
         grown = []
         for i in range(self._num_layers):

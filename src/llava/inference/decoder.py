@@ -15,20 +15,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llava.inference.prefix_cache import Stored
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Group:
     """Prompts that begin alike. A prompt's own part, its suffix, has at least one token.
 
-    prefix_ids: (P,) int64, P may be 0. image_features: (F, D) for the F placeholders of prefix and suffix, None without
-    pictures. suffix_ids: one (S,) int64 a prompt. max_new_tokens: for each prompt, how many tokens it may grow by.
-    Placeholders stand in the prefix, unless the group has one prompt only.
+    prefix_ids: (P,) int64, P may be 0. suffix_ids: one (S,) int64 a prompt. max_new_tokens: for each prompt, how many
+    tokens it may grow by. known: what was computed for the first `known_length` tokens of the prefix at another time.
+    image_features: (F, D) for the F placeholders behind those, None without. Placeholders stand in the prefix, unless
+    the group has one prompt only.
     """
 
     prefix_ids: Tensor
     image_features: Tensor | None
     suffix_ids: tuple[Tensor, ...]
     max_new_tokens: tuple[int, ...]
+    known: Stored | None = None
+    known_length: int = 0
 
 
 class Decoder(Protocol):
@@ -44,6 +49,11 @@ class Decoder(Protocol):
 
     def step(self, branches: Sequence[int], token_ids: Sequence[int]) -> Tensor:
         """Add one token to each branch; returns the logits (len(branches), V) of their next ones."""
+
+    def keep(self, branch: int) -> Stored | None:
+        """A copy of what was computed for a branch, for later prompts that begin like it; None where that is not to be
+        had. Of a branch that shares its row it is the beginning that all branches of the row share.
+        """
 
     def free(self, branches: Sequence[int]) -> None:
         """Forget branches and give their memory back."""
@@ -77,14 +87,20 @@ class PlainDecoder:
         self.bytes_per_token = bytes_per_token(config, next(model.language_model.parameters()).element_size())
 
     def prefill(self, group: Group, branches: Sequence[int]) -> Tensor:
-        if len(branches) == 1:
-            ids = torch.cat([group.prefix_ids, group.suffix_ids[0]])
-            embeddings = self._model.embed(ids[None], group.image_features)
-            return self._forward(branches[0], None, embeddings)
         prefix_cache: Any = None
-        if len(group.prefix_ids) > 0:
-            embeddings = self._model.embed(group.prefix_ids[None], group.image_features)
-            self._forward(branches[0], None, embeddings)
+        if group.known is not None:
+            prefix_cache = copy.deepcopy(group.known.state)
+            surplus = group.known.length - group.known_length
+            if surplus:
+                prefix_cache.crop(-surplus)
+        unread = group.prefix_ids[group.known_length :]
+        if len(branches) == 1:
+            ids = torch.cat([unread, group.suffix_ids[0]])
+            embeddings = self._model.embed(ids[None], group.image_features)
+            return self._forward(branches[0], prefix_cache, embeddings)
+        if len(unread) > 0:
+            embeddings = self._model.embed(unread[None], group.image_features)
+            self._forward(branches[0], prefix_cache, embeddings)
             prefix_cache = self._caches.pop(branches[0])
         rows = []
         for branch, suffix in zip(branches, group.suffix_ids, strict=True):
@@ -98,6 +114,16 @@ class PlainDecoder:
             self._forward(branch, self._caches[branch], row) for branch, row in zip(branches, embedded, strict=True)
         ]
         return torch.cat(rows)
+
+    def keep(self, branch: int) -> Stored | None:
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache: Any = self._caches[branch]
+        # Only a cache of whole keys and values can be cut back to where two prompts part (not a window, not a state).
+        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        length = cache.get_seq_length()
+        return Stored(copy.deepcopy(cache), length, length * self.bytes_per_token)
 
     def free(self, branches: Sequence[int]) -> None:
         for branch in branches:

@@ -8,7 +8,8 @@ answer under way. Each request has its own sampling, its own end, and an answer 
     for token_id in engine.submit(encoded, params): ...            # one answer as it comes; .cancel() ends it
     completions = engine.generate(requests)                        # thousands, questions on one picture together
 
-Not covered yet: keeping the keys and values of earlier turns, beam search, logprobs.
+What was read and said before is kept (prefix_cache.py): the next turn, or the next person's question on the same
+picture, reads only what is new.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from llava.errors import ContextLengthError, EngineError, LlavaError, OutOfMemor
 from llava.inference.decoder import Decoder, Group, LlavaLike
 from llava.inference.lean import choose_decoder
 from llava.inference.pictures import FeatureStore, Picture, read_pictures
+from llava.inference.prefix_cache import PrefixCache, Stored, content_of
 from llava.inference.sampling import Sampler, SamplingParams
 from llava.prompt.processor import Encoded
 
@@ -71,6 +73,8 @@ class EngineLimits:
     """Keys and values of all answers under way; a single larger request still runs, alone."""
     max_feature_bytes: int = 256 * 2**20
     """Image features kept for pictures that are asked about again."""
+    max_prefix_bytes: int = 2**30
+    """Keys and values kept of prompts and answers that others may begin with; 0 keeps none."""
 
 
 class Generation:
@@ -123,9 +127,30 @@ class _Job:
     pictures: tuple[Picture, ...]
     end_of_pictures: int
     """Index after the last placeholder, 0 without pictures."""
+    picture_ends: tuple[int, ...]
+    """For each picture, how many placeholders there are up to its last."""
+    content: NDArray[np.int64]
+    """Its tokens with every placeholder told apart by its picture; equal content is equal input."""
     sampler: Sampler | None
     """None when the batch's argmax is the answer."""
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    shared: int = 0
+    """How many of its first tokens it was read together with others."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Jobs whose prompts are read together.
+
+    shared: how many first tokens all of them have in common; known: what was computed for the first `known_length` of
+    them before; unread: the pictures that are not wholly among those.
+    """
+
+    jobs: tuple[_Job, ...]
+    shared: int
+    known: Stored | None
+    known_length: int
+    unread: tuple[Picture, ...]
 
 
 class Engine:
@@ -151,6 +176,7 @@ class Engine:
         self._waiting: deque[_Job] = deque()
         self._active: list[_Job] = []
         self._features = FeatureStore(model, max_bytes=self._limits.max_feature_bytes)
+        self.prefixes = PrefixCache(max_bytes=self._limits.max_prefix_bytes)
 
     @property
     def context_length(self) -> int:
@@ -228,25 +254,28 @@ class Engine:
                 return
             generation.finish_reason = "cancelled"
             self._waiting = deque(job for job in self._waiting if job.generation is not generation)
-            self._free([job for job in self._active if job.generation is generation])
+            stopped = [job for job in self._active if job.generation is generation]
+            self._remember(stopped)
+            self._free(stopped)
 
     def clear(self) -> None:
-        """Forget the image features kept for pictures that may be asked about again."""
+        """Forget what is kept for later questions: image features, and the prompts and answers read so far."""
         with self._lock:
             self._features.clear()
+            self.prefixes.clear()
 
     @torch.inference_mode()
     def step(self) -> int:
         """Read waiting prompts and add one token to every answer under way; returns how many are left to work on."""
         with self._lock:
-            groups = deque(self._admit())
+            batches = deque(self._look_up(jobs) for jobs in self._admit())
             try:
-                self._features.encode_ahead(jobs[0].pictures for jobs in groups)
-                while groups:
-                    self._start(groups.popleft())
+                self._features.encode_ahead(batch.unread for batch in batches)
+                while batches:
+                    self._start(batches.popleft())
             finally:
-                # Only an interruption leaves groups behind; they wait for the next step.
-                self._waiting.extendleft(job for jobs in reversed(groups) for job in reversed(jobs))
+                # Only an interruption leaves batches behind; they wait for the next step.
+                self._waiting.extendleft(job for batch in reversed(batches) for job in reversed(batch.jobs))
             if self._active:
                 self._advance()
             return len(self._active) + len(self._waiting)
@@ -271,11 +300,25 @@ class Engine:
             groups.setdefault(key, []).append(self._waiting.popleft())
         return list(groups.values())
 
-    def _start(self, jobs: Sequence[_Job]) -> None:
-        """Read the prompts of a group and pick their first tokens. What goes wrong is the group's, not the engine's."""
+    def _look_up(self, jobs: Sequence[_Job]) -> _Batch:
+        """Split prompts into what they share and what is each one's own, and find what of the former is known."""
+        first = jobs[0]
+        shared = _shared_length([job.ids for job in jobs]) if len(jobs) > 1 else 0
+        found = self.prefixes.find(first.content, limit=shared if len(jobs) > 1 else len(first.ids) - 1)
+        known, known_length = (None, 0) if found is None else found
+        before = int((first.ids[:known_length] == self._image_token_id).sum())
+        unread = tuple(picture for picture, end in zip(first.pictures, first.picture_ends, strict=True) if end > before)
+        for job in jobs:
+            job.shared = shared
+        return _Batch(tuple(jobs), shared or known_length, known, known_length, unread)
+
+    def _start(self, batch: _Batch) -> None:
+        """Read a batch's prompts and pick their first tokens. What goes wrong is the batch's, not the engine's."""
+        jobs = batch.jobs
         self._active.extend(jobs)
         try:
-            logits = self.decoder.prefill(self._make_group(jobs), [job.branch for job in jobs])
+            logits = self.decoder.prefill(self._make_group(batch), [job.branch for job in jobs])
+            self.prefixes.hit_tokens += batch.known_length
             self._pick(jobs, logits)
         except torch.OutOfMemoryError:
             self._fail(jobs, OutOfMemoryError("reading the prompt ran out of memory; shorten it or drop a picture"))
@@ -319,10 +362,27 @@ class Engine:
             else:
                 continue
             done.append(job)
+        self._remember(done)
         self._free(done)
         if broken:
             reason = "the model's output is not finite; its weights or its number format are damaged"
             self._fail(broken, EngineError(reason))
+
+    def _remember(self, jobs: Sequence[_Job]) -> None:
+        """Keep what was computed for answers that end, for prompts that begin like them."""
+        for job in jobs:
+            generation = job.generation
+            # The last token was said and never read; a step that failed may have left the cache further on than that.
+            said = np.array(generation.token_ids[:-1], dtype=np.int64)
+            content = np.concatenate([job.content, said])
+            if not generation.token_ids or not self.prefixes.wants(content[: job.shared or len(content)]):
+                continue
+            try:
+                stored = self.decoder.keep(job.branch)
+            except torch.OutOfMemoryError:
+                continue
+            if stored is not None and stored.length <= len(content):
+                self.prefixes.store(content[: stored.length], stored)
 
     def _free(self, jobs: Sequence[_Job]) -> None:
         if jobs:
@@ -342,6 +402,13 @@ class Engine:
         ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int64)
         pictures = read_pictures(encoded)
         is_image = ids == self._image_token_id
+        keys = [picture.key for picture in pictures]
+        rows = encoded.tokens_per_image
+        picture_ends = tuple(np.cumsum(rows).tolist())
+        if sum(rows) != is_image.sum() or len(rows) != len(keys):
+            # Where each picture's placeholders end is not said: they are taken as one picture's.
+            keys, rows = [b"".join(keys)], (int(is_image.sum()),)
+            picture_ends = rows * len(pictures)
         end = int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
         sampler = None if params.plain else Sampler(params, ids[~is_image].tolist())
         return _Job(
@@ -350,19 +417,26 @@ class Engine:
             ids=ids,
             pictures=pictures,
             end_of_pictures=end,
+            picture_ends=picture_ends,
+            content=content_of(ids, keys, rows, image_token_id=self._image_token_id),
             sampler=sampler,
             stop_token_ids=frozenset(params.stop_token_ids),
         )
 
-    def _make_group(self, jobs: Sequence[_Job]) -> Group:
-        """Split a group's prompts into the beginning they share, pictures included, and what is each one's own."""
-        shared = _shared_length([job.ids for job in jobs]) if len(jobs) > 1 else 0
-        rows = [torch.tensor(job.ids, device=self.decoder.device) for job in jobs]
+    def _make_group(self, batch: _Batch) -> Group:
+        rows = [torch.tensor(job.ids, device=self.decoder.device) for job in batch.jobs]
+        features = self._features.read(batch.unread)
+        if features is not None:
+            # A beginning may end inside a picture: what it holds of it is not read again.
+            wanted = int((batch.jobs[0].ids[batch.known_length :] == self._image_token_id).sum())
+            features = features[len(features) - wanted :]
         return Group(
-            prefix_ids=rows[0][:shared],
-            image_features=self._features.read(jobs[0].pictures),
-            suffix_ids=tuple(row[shared:] for row in rows),
-            max_new_tokens=tuple(job.generation.max_new_tokens for job in jobs),
+            prefix_ids=rows[0][: batch.shared],
+            image_features=features,
+            suffix_ids=tuple(row[batch.shared :] for row in rows),
+            max_new_tokens=tuple(job.generation.max_new_tokens for job in batch.jobs),
+            known=batch.known,
+            known_length=batch.known_length,
         )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llava.inference.cache import MIN_COLUMNS, NOBODY, PREFIX, KeyValueCache
 from llava.inference.decoder import Decoder, Group, LlavaLike, PlainDecoder, bytes_per_token, context_length
 from llava.inference.layers import as_function, read_layers
+from llava.inference.prefix_cache import Stored
 from llava.inference.rows import NO_QUERY, Branch, Layout, Row, plan_rows
 
 # Classes whose decoder layers are exactly: norm, rotated attention (biases allowed), norm, gated feed-forward.
@@ -106,13 +107,16 @@ class LeanDecoder:
                 self._cache.reserve(
                     len(self._rows) + len(plan) - i, prefix_length + new_tokens + room, used=len(self._rows)
                 )
-                row = Row()
+                row = Row(prefix=prefix_length)
                 self._rows.append(row)
                 if i > 0 and prefix_length > 0:
                     self._cache.copy_row(first_row, first_row + i, columns=prefix_length)
                     row.columns = prefix_length
                 else:
                     self._cache.owner[first_row + i] = NOBODY
+                    if group.known is not None:
+                        self._cache.write(first_row + i, group.known.state, columns=group.known_length)
+                        row.columns = group.known_length
                 logits.append(self._read(first_row + i, group, members, [branches[m] for m in members]))
             undo.pop_all()
         return torch.cat(logits)
@@ -142,6 +146,14 @@ class LeanDecoder:
         layout.move_on()
         return self._head(hidden)
 
+    def keep(self, branch: int) -> Stored | None:
+        row = self._row_of[branch]
+        columns = row.columns if row.made == 1 else row.prefix
+        if columns == 0:
+            return None
+        state = self._cache.read(next(i for i, other in enumerate(self._rows) if other is row), columns=columns)
+        return Stored(state, columns, state.nbytes)
+
     def free(self, branches: Sequence[int]) -> None:
         for branch in branches:
             row = self._row_of.pop(branch, None)
@@ -170,12 +182,14 @@ class LeanDecoder:
         device = self._embedding.device
         prefix_length = len(group.prefix_ids)
         suffixes = [group.suffix_ids[m] for m in members]
-        pieces = suffixes if row.columns else [group.prefix_ids, *suffixes]
-        ids = torch.cat(pieces)
-        features = None if row.columns else group.image_features
+        start = row.columns  # tokens of the prefix that are there already
+        ids = torch.cat([group.prefix_ids[start:], *suffixes])
+        # A row that got the whole prefix as a copy of another row's has its pictures in it.
+        copied = start == prefix_length and len(group.suffix_ids) > 1
+        features = None if copied else group.image_features
         embeddings = self._model.embed(ids[None], features)[0]  # (N, D)
-        owner: list[int] = [] if row.columns else [PREFIX] * prefix_length
-        positions: list[int] = [] if row.columns else list(range(prefix_length))
+        owner: list[int] = [PREFIX] * (prefix_length - start)
+        positions: list[int] = list(range(start, prefix_length))
         ends = []
         for branch, suffix in zip(branches, suffixes, strict=True):
             row.made += 1
@@ -184,7 +198,7 @@ class LeanDecoder:
             owner += [row.made] * len(suffix)
             positions += range(prefix_length, prefix_length + len(suffix))
             ends.append(len(owner) - 1)
-        start, end = row.columns, row.columns + len(owner)
+        end = start + len(owner)
         row.columns = end
         self._cache.owner[index, start:end] = torch.tensor(owner, dtype=torch.int32, device=device)
         mask = None

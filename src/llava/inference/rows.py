@@ -32,6 +32,8 @@ class Row:
 
     columns: int = 0
     """Columns in use, those of finished branches too."""
+    prefix: int = 0
+    """Columns that all its branches share."""
     branches: dict[int, Branch] = field(default_factory=dict)
     made: int = 0
     """Branches it ever had."""
