@@ -5,16 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from llava.data.check import CheckLimits, Report, Sharing, check_conversations
 from llava.data.check_findings import KINDS
-from llava.data.encoding import GroupEncoder
 from llava.data.packing import grow_trees
 from llava.data.sources import ConversationSet, read_conversations
-from llava.errors import DataError
 from llava.prompt.images import ImageSettings
 from llava.prompt.processor import Processor
 from llava.prompt.tokenizer import load_tokenizer
@@ -240,30 +237,3 @@ def test_the_json_holds_figures_and_every_finding(tmp_path: Path) -> None:
     assert written["kinds"] == {"malformed record": 100}
     assert [entry["line"] for entry in written["findings"]] == list(range(2, 102))
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_group_decodes_its_picture_once(
-    tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path, record(), record(question="Which?"), record(image=None))
-    calls: list[object] = []
-    whole = processor.prepare_image
-    monkeypatch.setattr(processor, "prepare_image", lambda image: (calls.append(image), whole(image))[1])
-    encoder = GroupEncoder(ConversationSet([read_conversations(path)]), processor, max_tokens=100)
-    encoded = encoder((0, 1, 2))
-    assert len(calls) == 1
-    assert np.shares_memory(encoded[0].pixel_values, encoded[1].pixel_values)
-    assert len(encoded[2].pixel_values) == 0
-
-
-def test_a_long_conversation_is_an_error_or_left_out(tmp_path: Path, processor: Processor) -> None:
-    conversations = ConversationSet([read_conversations(write(tmp_path, record(), record(answer="long " * 60)))])
-    with pytest.raises(DataError, match=r"mix.jsonl:2: .* at most 100 fit.*data.too_long"):
-        GroupEncoder(conversations, processor, max_tokens=100)((0, 1))
-    assert len(GroupEncoder(conversations, processor, max_tokens=100, drop_too_long=True)((0, 1))) == 1
-
-
-def test_an_unreadable_picture_names_its_record(tmp_path: Path, processor: Processor) -> None:
-    conversations = ConversationSet([read_conversations(write(tmp_path, record("broken.png")))])
-    with pytest.raises(DataError, match=r"mix.jsonl:1: .*broken.png"):
-        GroupEncoder(conversations, processor, max_tokens=100)((0,))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import llava.data.sources as sources
+import llava.data.json_files as json_files
 from llava.data.sources import ConversationSet, read_conversations
 from llava.errors import DataError
 
@@ -77,9 +77,21 @@ def test_a_broken_list_names_its_line(tmp_path: Path, text: str, line: int) -> N
         read_conversations(tmp_path / "a.json")
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps(record()) + "\n\n{oops\n")
-    with pytest.raises(DataError, match=r"a.jsonl:3: not JSON"):
+def test_a_broken_line_among_good_ones_is_a_broken_record(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record()) + "\n\n{oops\n" + "[" * 100_000 + "\n")
+    opened = read_conversations(tmp_path / "a.jsonl")
+    assert list(opened.unusable()) == [1, 2]
+    assert opened[0].messages
+    with pytest.raises(DataError, match=r"a.jsonl:3: not JSON: Expecting property name"):
+        opened[1]
+    with pytest.raises(DataError, match=r"a.jsonl:4: not JSON: nested too deeply"):
+        opened[2]
+
+
+@pytest.mark.parametrize("lines", [1, 3, 150])
+def test_a_file_without_one_good_line_is_refused(tmp_path: Path, lines: int) -> None:
+    (tmp_path / "a.jsonl").write_text("hello\n" * lines)
+    with pytest.raises(DataError, match=r"a.jsonl:1: not JSON"):
         read_conversations(tmp_path / "a.jsonl")
 
 
@@ -120,12 +132,12 @@ def test_any_window_size_finds_the_same_records(
     path = tmp_path_factory.mktemp("list") / "a.json"
     records = [{"text": text, "image": f"{number}.png"} for number, text in enumerate(texts)]
     path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
-    whole = sources._CHUNK_BYTES
-    sources._CHUNK_BYTES = chunk
+    whole = json_files._CHUNK_BYTES
+    json_files._CHUNK_BYTES = chunk
     try:
         opened = read_conversations(path)
     finally:
-        sources._CHUNK_BYTES = whole
+        json_files._CHUNK_BYTES = whole
     assert [opened.record(i) for i in range(len(opened))] == records
     assert [opened.picture_names(i) for i in range(len(opened))] == [(f"{i}.png",) for i in range(len(texts))]
 

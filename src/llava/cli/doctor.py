@@ -26,6 +26,7 @@ _CORE = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", 
 _EXTRAS = {
     "quant": "models in 4 and 8 bit",
     "export": "writing GGUF files",
+    "parquet": "data sets in parquet files",
     "test": "this project's own tests",
 }
 

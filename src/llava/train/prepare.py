@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from llava.checkpoint.load import Loaded, build, load
-from llava.data.encoding import GroupEncoder
-from llava.data.loader import Layout, Loader, StepPlan
-from llava.data.order import signed_lengths
-from llava.data.sources import ConversationSet, read_conversations, resolve_image
+from llava.data.loader import Loader
+from llava.data.sources import ConversationSet
 from llava.distributed import pick_device, pick_dtype, process_count, process_number, refuse_difference
 from llava.errors import DataError, RecipeError
 from llava.model.llava import Llava
-from llava.model.tree_support import find_tree_support
 from llava.prompt.processor import Processor
 from llava.train.journal import naming_unsaved
+from llava.train.feeding import build_loader
+from llava.train.feeding import open_conversations as open_conversations
 from llava.train.loop import Trainer
 from llava.train.parallel import Parallel, choose_mode
 from llava.train.progress import RunInfo
@@ -27,6 +26,8 @@ from llava.train.resume import take_fingerprints
 from llava.train.sections import Recipe
 from llava.train.stages import PartSummary, apply_stage, describe_stage
 from llava.train.state import seed_generators
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +72,7 @@ def prepare_run(recipe: Recipe) -> Prepared:
     with naming_unsaved(Path(tempfile.gettempdir())):
         fingerprints = take_fingerprints(loaded.model, _data_processor(recipe, loaded))
     parallel = spread_model(recipe, loaded.model, device=device, dtype=dtype)
-    loader = _build_loader(recipe, loaded, conversations)
+    loader = build_loader(recipe, loaded, conversations, out_dir=out_dir)
     refuse_difference("what the run starts from", repr((fingerprints, conversations.fingerprint)))
     trainer = Trainer(
         loaded.model,
@@ -82,7 +83,9 @@ def prepare_run(recipe: Recipe) -> Prepared:
         parallel=parallel,
         seed=recipe.run.seed,
     )
-    loader.make(0)  # the first step's errors come before the first checkpoint, not after an hour of loading
+    # The first step's errors come before the first checkpoint, not after an hour of loading.
+    for bad in loader.make(0).bad[:3]:
+        _log.warning("%s: left out: %s", bad.origin, bad.reason)
     notes = {"fingerprints": fingerprints}
     return Prepared(recipe, out_dir, loaded, conversations, loader, trainer, summaries, dtype, notes)
 
@@ -122,22 +125,6 @@ def _loading_device(recipe: Recipe) -> str:
     if process_count() == 1 or run.parallel == "ddp" or in_4bit:
         return str(pick_device(run.device))
     return "cpu"
-
-
-def open_conversations(recipe: Recipe) -> ConversationSet:
-    """The recipe's conversation files. Raises DataError when a file or a picture that it names is not there."""
-    data = recipe.data
-    conversations = ConversationSet([read_conversations(name, image_root=data.images) for name in data.files])
-    for file in conversations.files:
-        for record, names in file.first_mentions():
-            for name in names:
-                origin = file.origin(record)
-                if not name.startswith("data:") and not resolve_image(name, file.image_root, origin=origin).exists():
-                    raise DataError(
-                        f"{origin}: picture {name!r} is not in {file.image_root}; "
-                        "set data.images to the folder that its path begins in"
-                    )
-    return conversations
 
 
 def open_model(recipe: Recipe) -> Loaded:
@@ -187,44 +174,6 @@ def _with_prompt_settings(loaded: Loaded, *, template: str | None, image_mode: s
         )
         model.config = model.config.with_changes(image_mode=image_mode)
     return Loaded(model, processor, loaded.report)
-
-
-def _build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet) -> Loader:
-    data, optim = recipe.data, recipe.optim
-    support = find_tree_support(loaded.model.language_model)
-    shared = data.group_by_picture and support.trees
-    limit = min(data.conversations_per_tree, optim.batch_conversations) if shared else 1
-    groups = conversations.group_by_picture(limit=limit)
-    plan = StepPlan(
-        groups,
-        optim.batch_conversations,
-        recipe.run.seed,
-        epochs=optim.epochs,
-        max_steps=optim.max_steps,
-        order=data.order,
-        lengths=signed_lengths(conversations, groups) if data.order == "grouped_by_length" else (),
-    )
-    processor = _data_processor(recipe, loaded)
-    encode = GroupEncoder(conversations, processor, max_tokens=data.max_tokens, drop_too_long=data.too_long == "drop")
-    pad = processor.tokenizer.pad_token_id
-    # Attention by trees does not care where trees lie; a mask costs the square of a row; without either: no company.
-    row_tokens = {"layout": recipe.run.micro_batch_tokens, "none": 1}.get(support.way, data.row_tokens)
-    layout = Layout(
-        tree_tokens=data.row_tokens,
-        row_tokens=row_tokens,
-        micro_batch_tokens=recipe.run.micro_batch_tokens,
-        image_token_id=processor.image_token_id,
-        pad_token_id=0 if pad is None else pad,  # masked out; any id in the vocabulary does
-    )
-    return Loader(
-        plan,
-        encode,
-        layout=layout,
-        workers=data.workers,
-        rank=process_number(),
-        world_size=process_count(),
-        fingerprint=conversations.fingerprint,
-    )
 
 
 def out_dir_of(recipe: Recipe) -> Path:
