@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from llava.checkpoint.load import Loaded, build, load
 from llava.data.loader import Loader
 from llava.data.sources import ConversationSet
-from llava.distributed import pick_device, pick_dtype, process_count, process_number, refuse_difference
-from llava.errors import DataError, RecipeError
+from llava.distributed import pick_device, pick_dtype, process_count, refuse_difference
+from llava.errors import RecipeError
 from llava.model.llava import Llava
 from llava.prompt.processor import Processor
-from llava.train.journal import naming_unsaved
 from llava.train.feeding import build_loader
 from llava.train.feeding import open_conversations as open_conversations
+from llava.train.journal import naming_unsaved
 from llava.train.loop import Trainer
 from llava.train.parallel import Parallel, choose_mode
 from llava.train.progress import RunInfo
