@@ -89,8 +89,65 @@ def check(
         raise typer.Exit(2)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A file of conversations, a table, or a folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .json or .jsonl file; .parquet; .tar or a folder.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the reader, such as split=test.")
+    ] = None,
+    read_as: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="llava, pairs, sharegpt, openai, parquet, webdataset, scienceqa, refcoco, coco-captions, csv, folder.",
+        ),
+    ] = "auto",
+    to: Annotated[str, typer.Option(help="llava, pairs, sharegpt, openai, parquet, webdataset.")] = "llava",
+    images: Annotated[
+        Path | None, typer.Option(help="The folder of the pictures, for parquet and webdataset, which hold them.")
+    ] = None,
+    extract: Annotated[
+        Path | None, typer.Option(help="Write pictures that lie in records to this folder, and name them there.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Put this before every picture path.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out records that cannot be converted, and list them.")
+    ] = False,
+) -> None:
+    """Write conversations in another format, record by record; what OUT cannot hold is refused by name.
+
+    Readers with options: scienceqa (split=train prompt=QCM-LEA), refcoco (task=both wordings=7 split=train refs=unc),
+    coco-captions (prompt=... captions=all), csv (image=COLUMN question=COLUMN answer=COLUMN id=COLUMN prompt=...),
+    folder (prompt=... answer=txt).
+    """
+    from llava.cli.data_opening import read_options
+    from llava.data.conversion import convert as convert_data
+
+    with _progress("converting") as tell:
+        done = convert_data(
+            source,
+            target,
+            to=to,
+            read_as=read_as,
+            images=images,
+            extract=extract,
+            prefix=prefix,
+            options=read_options(options or []),
+            force=force,
+            skip_bad=skip_bad,
+            progress=lambda count: tell(count, None),
+        )
+    extracted = f", and {done.pictures_extracted:,} pictures to {extract}" if extract is not None else ""
+    for line in done.skipped:
+        typer.echo(f"left out: {line}", err=True)
+    left_out = f"; left out {len(done.skipped):,}" if done.skipped else ""
+    typer.echo(f"wrote {done.records:,} records to {target} ({to}){extracted}{left_out}")
+
+
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar with the time that is left, on a terminal's standard error; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

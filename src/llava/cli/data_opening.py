@@ -48,3 +48,18 @@ def open_processor(model: str) -> Processor:
     from llava.checkpoint.load import open_checkpoint
 
     return open_checkpoint(model).processor()
+
+
+def read_options(texts: Sequence[str]) -> dict[str, str]:
+    """`key=value` arguments. Raises UsageError for anything else."""
+    from llava.errors import UsageError
+
+    options: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r}: an option of the reader is key=value, such as split=test")
+        if key in options:
+            raise UsageError(f"{text!r}: {key} is given twice")
+        options[key] = value
+    return options
