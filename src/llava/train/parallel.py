@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llava.data.batch import Batch
 from llava.distributed import any_process, process_count, process_number, refuse_difference
 from llava.errors import RecipeError
+from llava.model.checkpointing import find_blocks
 from llava.model.llava import Llava
 from llava.train.optimizer import clip_gradients
 from llava.train.step_loss import StepLoss
@@ -181,18 +182,6 @@ def is_sharded(tensor: Any) -> bool:
 def local_part(tensor: Any) -> Tensor:
     """This process's part of a sharded tensor; a whole one as it is."""
     return cast(Tensor, tensor.to_local() if is_sharded(tensor) else tensor)
-
-
-def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """A transformer's blocks: the module list that holds most of its parameters; empty when there is none."""
-    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList) and len(child)]
-    if not lists:
-        return []
-    return [*max(lists, key=_count_parameters)]
-
-
-def _count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _wrap_ddp(step_loss: StepLoss) -> DistributedDataParallel:

@@ -26,6 +26,7 @@ from llava.model.vision import PLAIN_STACKS
 # What training of this kind reaches of a device's peak unless said otherwise: an assumption, between the published
 # LLaVA-1.5 (26 to 29 %, with padding and recomputation) and the best packed language model runs (50 %).
 ASSUMED_MFU = 0.4
+_MEASURED_SECONDS = 4e-3  # long against the clock and the call, short against a run
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,7 @@ def named_device(name: str) -> Device:
 def this_device(device: torch.device, dtype: torch.dtype) -> Device:
     """The device at hand: from the table where its driver's name is in it, else by a short measurement."""
     if device.type == "cpu":
-        return Device(
-            f"this CPU ({torch.get_num_threads()} threads)", measure_rate(device, dtype), _main_memory(), True
-        )
+        return Device(f"this CPU ({torch.get_num_threads()} threads)", measure_rate(device, dtype), main_memory(), True)
     module = torch.get_device_module(device)
     called = str(module.get_device_name(device))
     memory = int(module.mem_get_info(device)[1]) if hasattr(module, "mem_get_info") else 0
@@ -112,19 +111,25 @@ def this_device(device: torch.device, dtype: torch.dtype) -> Device:
     return Device(called, known.teraflops, memory)
 
 
-def measure_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3) -> float:
-    """TFLOP/s of the best of several square matrix products, of 1024 on a CPU and 8192 elsewhere."""
-    side = 1024 if device.type == "cpu" else 8192
-    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    best, until, rounds = float("inf"), time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < until:
-        started = time.perf_counter()
-        torch.mm(left, right)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-        rounds += 1
+def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of square matrix products: the best of three, of the first size that takes some milliseconds."""
+    side, best = 256, 0.0
+    while best < _MEASURED_SECONDS and side < 16384:
+        side *= 2
+        left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+        best = min(_time_product(left, right) for _ in range(3))
     return 2 * side**3 / best / 1e12
+
+
+def _time_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    on_device = left.device.type != "cpu"
+    if on_device:
+        torch.accelerator.synchronize(left.device)
+    started = time.perf_counter()
+    torch.mm(left, right)
+    if on_device:
+        torch.accelerator.synchronize(left.device)
+    return time.perf_counter() - started
 
 
 # --- needed FLOPs ------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ def hours(flops: float, device: Device, *, processes: int = 1, mfu: float = ASSU
     return flops / (device.teraflops * 1e12 * mfu * processes) / 3600
 
 
-def _main_memory() -> int:
+def main_memory() -> int:
     """Bytes of main memory; a container's limit counts. 0 where the system does not say."""
     import os
     from pathlib import Path
