@@ -336,7 +336,7 @@ def test_a_model_type_of_remote_code_is_refused_with_the_way_out(tmp_path: Path)
 
 def test_an_unknown_folder_says_what_was_looked_for_and_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(UnknownFormatError, match=r"Looked for huggingface: .*original: .*Found: notes\.txt"):
+    with pytest.raises(UnknownFormatError, match=r"Looked for tuned: .*huggingface: .*original: .*Found: notes\.txt"):
         open_checkpoint(tmp_path)
 
 

@@ -242,12 +242,18 @@ def with_row_for_image(config: LlavaConfig, tensors: dict[str, Source]) -> tuple
     Stock classes look the placeholder up before they overwrite it. New rows are the mean of the old ones, so no
     answer ever prefers them; the vocabulary is rounded up to a multiple of 64, as published folders do.
     """
-    rows = config.vocab_size
     if config.image_token_id < 0:
         raise CheckpointError(f"image_token_id {config.image_token_id} cannot be written: give the token a row first")
-    if config.image_token_id < rows:
+    return with_rows_up_to(config, tensors, config.image_token_id)
+
+
+def with_rows_up_to(
+    config: LlavaConfig, tensors: dict[str, Source], token_id: int
+) -> tuple[LlavaConfig, dict[str, Source]]:
+    """Grow the embedding and the output layer until this id is one of their rows; as `with_row_for_image` does."""
+    if token_id < config.vocab_size:
         return config, tensors
-    wanted = -(-(config.image_token_id + 1) // 64) * 64
+    wanted = -(-(token_id + 1) // 64) * 64
     for name in (*EMBEDDINGS, HEAD):
         if name in tensors:
             tensors[name] = grown_rows(tensors[name], wanted)

@@ -5,19 +5,21 @@ What a folder is, is decided by its files and by config.json, never by its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llava.checkpoint import huggingface, mmpretrain, original, paddle, xtuner
+from llava.checkpoint import huggingface, mmpretrain, original, paddle, tuned, xtuner
+from llava.checkpoint.fingerprint import NEW
 from llava.checkpoint.folders import find_folder as find_folder
 from llava.checkpoint.folders import read_config as read_config
-from llava.checkpoint.opened import LoadReport, Opened, OpenOptions, materialise
+from llava.checkpoint.opened import EMBEDDINGS, HEAD, LoadReport, Opened, OpenOptions, materialise
 from llava.checkpoint.parts import open_language_model, open_tower
 from llava.checkpoint.processors import make_processor, open_tokenizer
+from llava.checkpoint.quantised import Storage
 from llava.checkpoint.weights import Source, held
 from llava.distributed import pick_device, pick_dtype
 from llava.errors import UnknownFormatError
@@ -28,16 +30,15 @@ from llava.model.projector import build_projector, initialise_projector, scale_o
 if TYPE_CHECKING:
     from llava.prompt.processor import Processor
 
-NEW = Path("new")
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """An opened model, the processor that belongs to it, and the account of what was read."""
+    """An opened model, the processor that belongs to it, the account of what was read, and what it was read from."""
 
     model: Llava
     processor: Processor
     report: LoadReport
+    opened: Opened | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
+    "tuned": Format(tuned.detect, tuned.read, "llava.json, what a run with LoRA leaves beside its base"),
     "huggingface": Format(
         huggingface.detect,
         huggingface.read,
@@ -80,6 +82,7 @@ def load(
     vision_tower: str | Path | None = None,
     merge_lora: bool = True,
     template: str | None = None,
+    storage: Callable[[Llava], Mapping[str, Storage]] | None = None,
 ) -> Loaded:
     """Open a model from a folder or hub id: `loaded = llava.load("llava-hf/llava-1.5-7b-hf")`.
 
@@ -87,14 +90,14 @@ def load(
     ("cuda:0", "bfloat16"); chosen for this machine when None. load_in: quantise the language model's linear layers
     (needs `llava[quant]`). vision_tower: the tower's folder, where the one that config.json names is elsewhere.
     merge_lora: False leaves a LoRA beside the weights. template: the chat template, where config.json names none.
-    Raises UnknownFormatError when no layout fits, CheckpointError when tensors are missing,
-    unexpected or of a wrong shape.
+    storage: as in `opened.materialise`. Raises UnknownFormatError when no layout fits, CheckpointError when tensors
+    are missing, unexpected or of a wrong shape.
     """
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower, merge_lora=merge_lora, template=template)
     where = pick_device(device)
     what = pick_dtype(where, dtype)
-    model, report = materialise(opened, device=where, dtype=what, load_in=load_in)
-    return Loaded(model, opened.processor(), report)
+    model, report = materialise(opened, device=where, dtype=what, load_in=load_in, storage=storage)
+    return Loaded(model, opened.processor(), report, opened)
 
 
 def open_checkpoint(
@@ -116,7 +119,10 @@ def open_checkpoint(
     )
     for form in FORMATS.values():
         if form.detect(folder, data):
-            return form.read(folder, data, options)
+            opened = form.read(folder, data, options)
+            given = {"base": base, "vision_tower": vision_tower, "template": template}
+            named = {key: str(value) for key, value in given.items() if value is not None}
+            return replace(opened, origin={"path": str(path), **named})
     looked = "; ".join(f"{name}: {form.looks_like}" for name, form in FORMATS.items())
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "an empty folder"
     kind = f" (config.json: model_type {data.get('model_type')!r})" if data else ""
@@ -132,56 +138,130 @@ def build(
     image_mode: str = "pad",
     vision_feature_layer: int = -2,
     vision_feature_select: str = "patch",
-    image_grid_pinpoints: tuple[tuple[int, int], ...] = (),
+    image_grid_pinpoints: Sequence[Sequence[int]] = (),
     merge_type: str | None = None,
+    start_end_tokens: bool = False,
     seed: int = 0,
     match_embedding_scale: bool = True,
     device: str | None = None,
     dtype: str | None = None,
+    storage: Callable[[Llava], Mapping[str, Storage]] | None = None,
 ) -> Loaded:
     """A new LLaVA from a pretrained causal language model and a pretrained vision tower (folders or hub ids).
 
-    `<image>` is added to the tokenizer unless it is there, and the embedding grows to hold it: new rows are the mean
-    of the old ones and the vocabulary is rounded up to a multiple of 64. The projector is drawn from `seed`; with
+    `<image>` is added to the tokenizer unless it is there, with start_end_tokens `<im_start>` and `<im_end>` too (a
+    picture then stands between them), and the embedding grows to hold them: new rows are the mean of the old ones and
+    the vocabulary is rounded up to a multiple of 64. image_grid_pinpoints: (height, width) of the canvases of anyres,
+    v1.6's in units of the tower's picture when none are given. The projector is drawn from `seed`; with
     match_embedding_scale its output on noise has the standard deviation of the word embeddings, so that picture rows
-    are no larger than words at the first step.
+    are no larger than words at the first step. storage: as in `opened.materialise`.
     """
+    opened = open_parts(
+        language_model,
+        vision_tower,
+        projector=projector,
+        template=template,
+        image_mode=image_mode,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select=vision_feature_select,
+        image_grid_pinpoints=image_grid_pinpoints,
+        merge_type=merge_type,
+        start_end_tokens=start_end_tokens,
+        seed=seed,
+    )
+    where = pick_device(device)
+    model, report = materialise(opened, device=where, dtype=pick_dtype(where, dtype), storage=storage)
+    if match_embedding_scale:
+        _match_embedding_scale(model, seed)
+    return Loaded(model, opened.processor(), report, opened)
+
+
+def open_parts(
+    language_model: str | Path,
+    vision_tower: str | Path,
+    *,
+    projector: str = "mlp2x_gelu",
+    template: str = "vicuna_v1",
+    image_mode: str = "pad",
+    vision_feature_layer: int = -2,
+    vision_feature_select: str = "patch",
+    image_grid_pinpoints: Sequence[Sequence[int]] = (),
+    merge_type: str | None = None,
+    start_end_tokens: bool = False,
+    seed: int = 0,
+) -> Opened:
+    """What `build` puts together, before any tensor is read; arguments as there."""
     language, tower = find_folder(language_model), find_folder(vision_tower)
     text_config, tensors = open_language_model(language, read_config(language))
     vision_config, tower_tensors = open_tower(tower, read_config(tower))
     tokenizer = open_tokenizer(language)
-    if tokenizer.has_token("<image>"):
-        image_token_id = tokenizer.token_id("<image>")
-    else:
-        (image_token_id,) = tokenizer.add_special_tokens(["<image>"])
-    merge = merge_type or ("spatial_unpad" if image_mode == "anyres" else "flat")
+    wanted = [*(original.START_END if start_end_tokens else ()), "<image>"]
+    added = [token for token in wanted if not tokenizer.has_token(token)]
+    new_ids = tokenizer.add_special_tokens(added)
+    anyres = image_mode == "anyres"
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
-        image_token_id=image_token_id,
+        image_token_id=tokenizer.token_id("<image>"),
         projector=projector,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select=vision_feature_select,  # type: ignore[arg-type]  # checked by LlavaConfig
         image_mode=image_mode,  # type: ignore[arg-type]
-        image_grid_pinpoints=image_grid_pinpoints,
-        merge_type=merge,  # type: ignore[arg-type]
+        image_grid_pinpoints=tuple((int(h), int(w)) for h, w in image_grid_pinpoints)
+        or (_v16_canvases(int(vision_config["image_size"])) if anyres else ()),
+        merge_type=merge_type or ("spatial_unpad" if anyres else "flat"),  # type: ignore[arg-type]
         template=template,
+        image_start_end=start_end_tokens,
     )
-    config, grown = huggingface.with_row_for_image(config, {**tensors, **tower_tensors})
-    fresh = _new_parts(config, seed)
-    opened = Opened(
+    settled = _with_mean_rows(dict(tensors), new_ids, config.vocab_size)
+    last_id = max([config.image_token_id, *new_ids])
+    config, grown = huggingface.with_rows_up_to(config, {**settled, **tower_tensors}, last_id)
+    return Opened(
         format="new from two parts",
         folder=language,
         config=config,
-        tensors={**grown, **fresh},
+        tensors={**grown, **_new_parts(config, seed)},
         processor=lambda: make_processor(config, tokenizer, tower),
         notes=(f"language model from {language}", f"vision tower from {tower}", f"new parts drawn from seed {seed}"),
+        tower_name=str(vision_tower),
+        origin={
+            "language_model": str(language_model),
+            "vision_tower": str(vision_tower),
+            "settings": {
+                "projector": projector,
+                "template": template,
+                "image_mode": image_mode,
+                "vision_feature_layer": vision_feature_layer,
+                "vision_feature_select": vision_feature_select,
+                "image_grid_pinpoints": [list(point) for point in config.image_grid_pinpoints],
+                "merge_type": merge_type,
+                "start_end_tokens": start_end_tokens,
+            },
+        },
     )
-    where = pick_device(device)
-    model, report = materialise(opened, device=where, dtype=pick_dtype(where, dtype))
-    if match_embedding_scale:
-        _match_embedding_scale(model, seed)
-    return Loaded(model, opened.processor(), report)
+
+
+def _v16_canvases(side: int) -> tuple[tuple[int, int], ...]:
+    """LLaVA-1.6's canvases, (height, width): two tiles either way, four in a square, three in a row either way."""
+    return tuple((side * rows, side * columns) for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)))
+
+
+def _with_mean_rows(tensors: dict[str, Source], new_ids: Sequence[int], vocab_size: int) -> dict[str, Source]:
+    """Give new tokens whose rows the base has already (a padded vocabulary) the mean of the rows before them."""
+    inside = [token for token in new_ids if token < vocab_size]
+    for name in (*EMBEDDINGS, HEAD):
+        if inside and name in tensors:
+            tensors[name] = _mean_rows(tensors[name], inside)
+    return tensors
+
+
+def _mean_rows(source: Source, ids: Sequence[int]) -> Source:
+    def read() -> torch.Tensor:
+        value = source.read().clone()
+        value[list(ids)] = value[: min(ids)].float().mean(dim=0).to(value.dtype)
+        return value
+
+    return source.changed(read)
 
 
 def _new_parts(config: LlavaConfig, seed: int) -> dict[str, Source]:

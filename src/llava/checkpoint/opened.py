@@ -17,7 +17,7 @@ from torch import nn
 
 from llava.checkpoint.adapters import Adapter
 from llava.checkpoint.names import COMPUTED, Renaming, common_name
-from llava.checkpoint.quantised import LoadIn, import_bitsandbytes, pack_layer, packed_layers
+from llava.checkpoint.quantised import LoadIn, Nf4, Storage, import_bitsandbytes, pack_layer, packed_layers
 from llava.checkpoint.weights import Source, close_files
 from llava.errors import CheckpointError
 from llava.model.config import LlavaConfig
@@ -59,7 +59,8 @@ class Opened:
     tensors: every learnt tensor by its common name (llava.checkpoint.names). processor: makes the Processor that
     belongs to it. ignored: keys that are not used, each with the reason. adapter: a LoRA that stays beside the
     weights. naming: the format's own spelling, for errors. tokenizer_is_its_own: whether the folder holds the tokenizer
-    as it was used; tower_name: the path or hub id of the tower, where the format names one.
+    as it was used; tower_name: the path or hub id of the tower, where the format names one; origin: what it was
+    opened from, in values that JSON holds (`llava.checkpoint.tuned.reopen`).
     """
 
     format: str
@@ -74,6 +75,7 @@ class Opened:
     naming: Renaming | None = None
     tokenizer_is_its_own: bool = False
     tower_name: str = ""
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def key_of(self, name: str) -> str:
         """The key that a common name has in this checkpoint's own spelling."""
@@ -169,11 +171,17 @@ def _renamed_from(name: str, opened: Opened, expected: Mapping[str, Any]) -> str
 
 
 def materialise(
-    opened: Opened, *, device: torch.device, dtype: torch.dtype, load_in: LoadIn | None = None
+    opened: Opened,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_in: LoadIn | None = None,
+    storage: Callable[[Llava], Mapping[str, Storage]] | None = None,
 ) -> tuple[Llava, LoadReport]:
     """The model with every tensor read, on `device` in `dtype` (floating ones), and the account of all of them.
 
-    load_in: pack the language model's linear layers to 4 or 8 bit as they arrive.
+    load_in: pack the language model's linear layers to 4 or 8 bit as they arrive. storage: for training; given the
+    module before its weights, says by name which of them are held otherwise.
     Raises CheckpointError as `check_tensors` does, and when a stored output layer contradicts the tying.
     """
     model = empty_model(opened.config)
@@ -183,6 +191,7 @@ def materialise(
     if load_in is not None:
         import_bitsandbytes(load_in)
         packed = packed_layers(model)
+    chosen = {} if storage is None else storage(model)
     # .bin shards can only be opened whole: read each once
     order = sorted(expected, key=lambda name: (str(opened.tensors[name].file), name))
     for name in order:
@@ -192,10 +201,13 @@ def materialise(
             raise CheckpointError(f"{source.file}: {source.key!r} changed while it was read")
         place = expected[name][0]
         path, _, leaf = place.rpartition(".")
-        if load_in is not None and leaf == "weight" and path in packed:
+        held_as = chosen.get(place, dtype)
+        if isinstance(held_as, Nf4):
+            pack_layer(model, path, value.to(held_as.compute), load_in="4bit", device=device, training=True)
+        elif load_in is not None and leaf == "weight" and path in packed:
             pack_layer(model, path, value.to(dtype), load_in=load_in, device=device)
         else:
-            set_parameter(model, place, value.to(device, dtype))
+            set_parameter(model, place, value.to(device, held_as))
     tied = tied_names(model)
     if tied and HEAD in opened.tensors:
         _check_tied(opened)

@@ -7,6 +7,7 @@ On a CPU this is for testing: it is far slower than bfloat16 there. Needs `llava
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,17 @@ from llava.errors import MissingExtraError, UsageError, name_nearest
 from llava.model.llava import Llava
 
 LoadIn = Literal["4bit", "8bit"]
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Held in 4 bit under training; products are computed in `compute`."""
+
+    compute: torch.dtype
+
+
+# How a weight is held in memory: in a number format, or packed.
+Storage = torch.dtype | Nf4
 OUTLIER_THRESHOLD = 6.0
 
 

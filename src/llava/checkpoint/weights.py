@@ -20,6 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,13 +53,17 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor that `read` gives when asked. file and key say where it comes from, for errors and reports."""
+    """One tensor that `read` gives when asked. file and key say where it comes from, for errors and reports.
+
+    peek: gives every n-th of its values, flattened, without reading the rest; None where only `read` is to be had.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
     key: str
     read: Callable[[], Tensor]
+    peek: Callable[[int], Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -154,7 +159,8 @@ def _read_safetensors(path: Path) -> dict[str, Source]:
                 f"{size - start} bytes of data; it was cut short, download it again"
             )
         end = max(end, last)
-        out[key] = Source(shape, dtype, path, key, _byte_reader(path, start + first, shape, dtype))
+        place = (path, start + first, shape, dtype)
+        out[key] = Source(shape, dtype, path, key, _byte_reader(*place), _byte_peeker(*place))
     if start + end != size:
         raise CheckpointError(f"{path}: {size - start - end} bytes after its last tensor; the file is damaged")
     return out
@@ -172,6 +178,17 @@ def _byte_reader(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.d
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
     return read
+
+
+def _byte_peeker(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[int], Tensor]:
+    def peek(step: int) -> Tensor:
+        if prod(shape) == 0:
+            return torch.empty(0, dtype=dtype)
+        size = dtype.itemsize
+        mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(prod(shape), size))
+        return torch.frombuffer(bytearray(mapped[::step].tobytes()), dtype=dtype)
+
+    return peek
 
 
 class _OpenTorchFile:

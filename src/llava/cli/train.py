@@ -52,8 +52,9 @@ def _check(recipe: Recipe) -> None:
 
     prepared = prepare_run(recipe)
     info = prepared.info
-    for part, mode, parameters, trained in info.table:
-        typer.echo(f"{part:<14}  {mode:<7}  {parameters:>16}  {trained}".rstrip())
+    for part, mode, parameters, trained, rate, rank, held_in in info.table:
+        more = f"  rate {rate}" * bool(rate) + f"  LoRA rank {rank}" * bool(rank) + f"  in {held_in}" * bool(held_in)
+        typer.echo(f"{part:<14}  {mode:<11}  {parameters:>16}  {trained}{more}".rstrip())
     first = prepared.loader.make(0)
     tokens = sum(batch.num_tokens for batch in first.micro_batches)
     positions = sum(batch.input_ids.numel() for batch in first.micro_batches)

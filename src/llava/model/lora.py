@@ -63,6 +63,8 @@ def attach_lora(
         cast(Any, model).is_loaded_in_4bit = True  # what peft asks before it builds its layer for packed weights
     with torch.random.fork_rng(enabled=seed is not None):
         inject_adapter_in_model(config, model, ADAPTER)
+    # its settings live on in its layers; left here, the next part's injection would warn of a second adapter
+    del cast(Any, model).peft_config
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.requires_grad_(True)

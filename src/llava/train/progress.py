@@ -14,14 +14,15 @@ from typing import Any
 
 from llava.train.loop import StepRecord
 from llava.train.metrics import running_mean
+from llava.train.stages import TABLE_HEAD
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known before the first step. table: rows (part, mode, parameters, trained)."""
+    """What is known before the first step. table: rows under stages.TABLE_HEAD."""
 
     out_dir: Path
-    table: Sequence[tuple[str, str, str, str]]
+    table: Sequence[tuple[str, ...]]
     total_steps: int
     first_step: int
     conversations: int
@@ -82,9 +83,7 @@ class TerminalWatcher(Watcher):
 
         self._info = info
         self._console = Console(stderr=True)
-        table = Table(
-            "part", "mode", "parameters", "trained", title=f"{self._label}: {info.out_dir}", title_justify="left"
-        )
+        table = Table(*TABLE_HEAD, title=f"{self._label}: {info.out_dir}", title_justify="left")
         for row in info.table:
             table.add_row(*row)
         self._console.print(table)

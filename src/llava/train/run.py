@@ -2,12 +2,12 @@
 
     result = run_recipe(load_recipe("quickstart-align", ["run.out=runs/align"]))
 
-The run's folder ends as a LLaVA that `llava chat` opens. Beside the model lie `recipe.yaml` (every value, resolved),
-`run.json` (versions, seed, state), `metrics.jsonl`, `loss.svg`, `samples.jsonl` and, while it runs, `checkpoints/`. The
-same call again goes on from the newest whole checkpoint, and returns at once when the run is finished.
+The run's folder ends as a LLaVA that `llava chat` opens (with LoRA: adapters that name their base). Beside the model
+lie `recipe.yaml` (every value, resolved), `run.json` (versions, seed, state), `metrics.jsonl`, `loss.svg`,
+`samples.jsonl` and, while it runs, `checkpoints/`. The same call again goes on from the newest whole checkpoint, and
+returns at once when the run is finished.
 With several processes (train/launch.py, torchrun) all of them make the same call; process 0 reads and writes the
 folder, so the others need not see it. Checkpoints hold whole tensors: any number of processes goes on from them.
-Not covered yet: LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 import llava
-from llava.checkpoint.huggingface import save
 from llava.data.sources import iterate_origins
 from llava.distributed import any_process, joined, pick_device, process_number, share_object
 from llava.errors import TrainingError
@@ -36,6 +35,7 @@ from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
 from llava.train.resume import differences, held_folder, refuse_another_run
 from llava.train.samples import answer_samples
+from llava.train.saving import save_run
 from llava.train.sections import Recipe
 from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state
 from llava.train.stopping import RunStoppedError, asked_to_stop
@@ -189,7 +189,10 @@ def _save(prepared: Prepared, record: StepRecord, journals: _Journals | None, wa
 def _restore(prepared: Prepared) -> None:
     """Go on from the newest whole checkpoint, if there is one and it is of this run."""
     trainer = prepared.trainer
-    saved = load_newest(prepared.out_dir / "checkpoints") if _is_first() else None
+    saved = None
+    if _is_first():
+        with naming_unsaved(prepared.out_dir):
+            saved = load_newest(prepared.out_dir / "checkpoints")
     if saved is not None:
         refuse_another_run(saved.folder, saved.facts, _facts_of(prepared))
     facts = share_object(None if saved is None else saved.facts)
@@ -216,7 +219,7 @@ def _finish(prepared: Prepared) -> None:
         return
     out_dir = prepared.out_dir
     with naming_unsaved(out_dir):
-        save(prepared.loaded.model, prepared.loaded.processor, out_dir)
+        save_run(prepared.recipe, prepared.loaded, out_dir, summaries=prepared.summaries, versions=_versions())
         plot = draw_loss(read_metrics(out_dir / "metrics.jsonl"), title=prepared.recipe.description or out_dir.name)
         write_durably(out_dir / "loss.svg", plot)
         _describe(prepared, state="finished")

@@ -12,13 +12,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from llava.checkpoint.quantised import Nf4, Storage
 from llava.errors import RecipeError
 from llava.model.llava import Llava
 from llava.train.sections import TuneSection
 
 Part = Literal["vision_tower", "projector", "language_model"]
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
-Storage = torch.dtype | Literal["nf4"]
 
 _PART_BY_HEAD: dict[str, Part] = {
     "vision_tower": "vision_tower",
@@ -153,7 +153,7 @@ def _behind_blocks(model: Llava, blocks: tuple[str, ...]) -> set[str]:
 
 
 def plan_storage(model: Llava, tune: TuneSection, compute: torch.dtype) -> dict[str, Storage]:
-    """How weights that never move are held, by name: "nf4", or the format that products are computed in.
+    """How weights that never move are held, by name: packed, or in the format that products are computed in.
 
     model: before anything is attached; its parameters may be on the meta device. Only weights and biases of linear
     and convolution layers are named: autocast rounds those to `compute` at each use anyway, so holding them rounded
@@ -161,7 +161,7 @@ def plan_storage(model: Llava, tune: TuneSection, compute: torch.dtype) -> dict[
     with float32 products everything does.
     """
     plan: dict[str, Storage] = {}
-    embedding = model.embed_tokens.weight
+    tied = bool(model.config.text_config.get("tie_word_embeddings"))
     for part in PARTS:
         mode = mode_of(tune, part)
         if mode == "full":
@@ -171,12 +171,14 @@ def plan_storage(model: Llava, tune: TuneSection, compute: torch.dtype) -> dict[
         for path, module in model.named_modules():
             if not path.startswith(f"{_HEAD_BY_PART[part]}.") or not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
-            for leaf, parameter in module.named_parameters(recurse=False):
+            if tied and module is model.lm_head:  # its weight is the embedding
+                continue
+            for leaf, _ in module.named_parameters(recurse=False):
                 name = f"{path}.{leaf}"
-                if name in moving or parameter is embedding:
+                if name in moving:
                     continue
                 if path in packed and leaf == "weight":
-                    plan[name] = "nf4"
+                    plan[name] = Nf4(compute)
                 elif compute in (torch.bfloat16, torch.float16):
                     plan[name] = compute
     return plan

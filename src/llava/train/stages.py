@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llava.checkpoint.quantised import has_lost_its_gradient, pack_layer, unpacked_numel
+from llava.checkpoint.quantised import Nf4, has_lost_its_gradient, pack_layer, unpacked_numel
 from llava.errors import TrainingError
 from llava.model.added_rows import ROWS, attach_added_rows
 from llava.model.llava import Llava
@@ -102,9 +102,9 @@ def _hold(model: Llava, tune: TuneSection, compute: torch.dtype) -> None:
         parameter = model.get_parameter(name)
         if parameter.is_meta or not parameter.is_floating_point():
             continue
-        if storage == "nf4":
-            path = name.removesuffix(".weight")
-            pack_layer(model, path, parameter.to(compute), load_in="4bit", device=parameter.device, training=True)
+        if isinstance(storage, Nf4):
+            path, value = name.removesuffix(".weight"), parameter.to(storage.compute)
+            pack_layer(model, path, value, load_in="4bit", device=parameter.device, training=True)
         else:
             parameter.data = parameter.data.to(storage)
 
