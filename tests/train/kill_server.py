@@ -31,11 +31,11 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Order:
-    """One child. region: where calls are counted (all of the run, within save_state, within the run's last act).
+    """One child. region: where calls are counted (the run once all is opened, save_state, the run's last act).
 
     kill_after: seconds from the fork. kill_at: the call, from 1, that the child dies at, before or just after it is
     done. fail_at: the first of fail_for calls that raise OSError(fail_with). file_bytes: the longest file that can be
-    written (RLIMIT_FSIZE: a write that the kernel refuses).
+    written from then on (RLIMIT_FSIZE: the kernel refuses the rest).
     """
 
     changes: list[str] = field(default_factory=list)
@@ -197,8 +197,6 @@ def run_child(world: Path, order: Order) -> Outcome:
     logging.basicConfig(stream=log, level=logging.WARNING, force=True)
     points = FailPoints(order)
     recipe = load_recipe(world / "recipe.yaml", order.changes)
-    if order.file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order.file_bytes, order.file_bytes))
     try:
         with points.set():
             result = run_recipe(recipe)
@@ -215,7 +213,7 @@ class FailPoints:
     def __init__(self, order: Order) -> None:
         self.calls = 0
         self._order = order
-        self._active = order.region == "run"
+        self._active = False
 
     @contextlib.contextmanager
     def set(self) -> Iterator[None]:
@@ -254,6 +252,16 @@ class FailPoints:
         state_module.save_file = saved
         for region, name in (("save", "save_state"), ("finish", "_finish")):
             setattr(run_module, name, self._entered(region, getattr(run_module, name)))
+        prepare = run_module.prepare_run
+
+        def prepared(*args: Any, **more: Any) -> Any:
+            result = prepare(*args, **more)
+            self._active = self._order.region == "run"
+            if (limit := self._order.file_bytes) is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            return result
+
+        run_module.prepare_run = prepared
         yield
 
     def _entered(self, region: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -277,10 +285,11 @@ class FailPoints:
             dies = self.calls == order.kill_at
             if dies and order.kill_before:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*args, **more)
-            if dies:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*args, **more)
+            finally:
+                if dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
 

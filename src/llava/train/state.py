@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def save_state(root: Path, step: int, *, tensors: Mapping[str, Tensor], facts: M
         sync_path(root)
     except (OSError, SafetensorError) as error:
         _remove(partial)
-        _put_back(root)
+        with suppress(OSError):
+            _put_back(root)
         reason = getattr(error, "strerror", None) or str(error)
         raise UnsavedError(
             f"{final}: the checkpoint could not be written ({reason}); earlier ones are whole, "
