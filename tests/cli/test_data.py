@@ -35,10 +35,10 @@ def test_check_says_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_check_exits_with_2_and_says_what_a_run_would_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", str(write_data(tmp_path, "", "Red."))]) == 2
-    printed = capsys.readouterr().out
+    assert main(["data", "check", str(write_data(tmp_path, "", "", "Red."))]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
     assert "mix.json:1 (record 0): turn 2: an answer is empty" in printed
-    assert "A run would replace 1 of 2 conversations (50.00%)" in printed
+    assert "samples without loss in the place of 2 of 3 conversations (66.67%)" in printed
     assert "so it would stop" in printed
     assert json.loads((tmp_path / "data-check" / "check.json").read_text())["findings"][0]["kind"] == "empty answer"
 

@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from llava.data.bad_samples import BadSample
 from llava.data.check import CheckLimits, Report, Sharing, check_conversations
 from llava.data.check_findings import KINDS
+from llava.data.encoding import GroupEncoder
 from llava.data.packing import grow_trees
 from llava.data.sources import ConversationSet, read_conversations
 from llava.prompt.images import ImageSettings
@@ -97,6 +100,7 @@ BAD: list[tuple[object, str, str]] = [
     (record("../good.png"), "escaping path", "leaves the image folder"),
     (record("/etc/passwd"), "escaping path", "leaves the image folder"),
     (record(answer=" "), "empty answer", "turn 2: an answer is empty"),
+    ({"conversations": [{"from": "human", "value": " "}, TURNS[1]]}, "empty question", "turn 1: neither words nor"),
     ({"conversations": [{"from": "human", "value": "Hello"}]}, "nothing to learn", "no answer in it"),
     ({"conversations": [{"from": "alien", "value": "Hello"}]}, "roles", "alien"),
     ({"conversations": [{"from": "human", "value": "a"}] * 2}, "roles", "turns must alternate"),
@@ -121,13 +125,12 @@ def test_each_error_is_named_with_its_file_line_and_kind(
     assert entry["severity"] == "error"
     assert says in entry["message"]
     assert report.num_bad == 1
-    assert report.stops_a_run
+    assert report.stops_a_run == (kind == "too long"), "one of three is forgiven, as it is in a run"
 
 
 ODD: list[tuple[object, str]] = [
     ({"conversations": [{"from": "gpt", "value": "I start."}, *TURNS]}, "opens with an answer"),
     ({"conversations": [*TURNS, {"from": "human", "value": "And?"}]}, "ends with a question"),
-    ({"conversations": [{"from": "human", "value": " "}, TURNS[1]]}, "empty question"),
     ({"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}, "mark in words"),
     (record("one.png"), "tiny picture"),
     (record(), "duplicate"),
@@ -210,8 +213,25 @@ def test_a_cut_conversation_counts_with_what_is_left(tmp_path: Path, processor: 
     path = write(tmp_path, long)
     report = check(path, processor, max_tokens=100, too_long="truncate")
     assert kinds(report) == ["cut"]
-    kept = processor.encode(read_conversations(path)[0], max_length=100, overflow="truncate")
+    first = {**long, "conversations": two_turns}
+    kept = processor.encode(read_conversations(write(tmp_path, first))[0])
     assert report.sharing == Sharing(1, 1, len(kept.input_ids), len(kept.input_ids))
+
+
+def test_what_the_check_calls_an_error_is_what_a_run_leaves_out(tmp_path: Path, processor: Processor) -> None:
+    path = write(tmp_path, *[bad for bad, kind, _ in BAD if kind != "too long"], *[odd for odd, _ in ODD])
+    write_hostile(tmp_path)
+    conversations = ConversationSet([read_conversations(path)])
+    report = check_conversations(conversations, processor=processor)
+    encode = GroupEncoder(conversations, processor, max_tokens=2048)
+    left_out = [number for number in range(len(conversations)) if isinstance(encode((number,))[0], BadSample)]
+    assert left_out == np.flatnonzero(report.bad).tolist()
+
+
+def test_more_errors_than_are_forgiven_stop_a_run(tmp_path: Path) -> None:
+    good = [record(question=f"Number {n}?") for n in range(95)]
+    assert not check(write(tmp_path, *good, *[{}] * 10)).stops_a_run
+    assert check(write(tmp_path, *good, *[{}] * 11)).stops_a_run
 
 
 def test_what_a_template_cannot_hold_is_named(tmp_path: Path, processor: Processor) -> None:

@@ -107,18 +107,28 @@ def sharing_line(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """What a run would do with the bad conversations."""
-    bad, share = report.num_bad, report.num_bad / max(report.records, 1)
-    line = (
-        f"A run would replace {bad:,} of {report.records:,} conversations ({share:.2%}) by samples without loss, and "
-        "list them in bad_samples.jsonl"
-    )
-    if report.stops_a_run:
-        return (
-            f"{line}; that is over data.max_bad_share={report.limits.max_bad_share:g}, so it would stop. "
-            "Mend or drop them, or raise the share."
+    """What a run would do with the conversations that have errors."""
+    limits, bad, long = report.limits, report.num_left_out, report.log.counts["too long"]
+    said = []
+    if long:
+        said.append(
+            f"A run would stop at the first of {long:,} conversations over data.max_tokens={limits.max_tokens}: raise "
+            "it, or set data.too_long to drop or truncate."
         )
-    return f"{line}; that is within data.max_bad_share={report.limits.max_bad_share:g}."
+    if bad:
+        share = f"{bad / max(report.records, 1):.2%}"
+        also = "It would also" if long else "A run would"
+        said.append(
+            f"{also} put samples without loss in the place of {bad:,} of {report.records:,} conversations ({share}), "
+            "and list them in bad_samples.jsonl; "
+            + (
+                f"that is more than data.max_bad_share={limits.max_bad_share:g} allows, so it would stop. "
+                "Mend or drop them, or raise the share."
+                if report.too_many_left_out
+                else f"data.max_bad_share={limits.max_bad_share:g} allows that."
+            )
+        )
+    return " ".join(said)
 
 
 def coloured(pieces: Sequence[Piece]) -> Text:

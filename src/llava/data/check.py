@@ -25,9 +25,10 @@ from llava.data.check_figures import CheckLimits as CheckLimits
 from llava.data.check_figures import Report as Report
 from llava.data.check_figures import Sharing as Sharing
 from llava.data.check_findings import Finding, kind_of
+from llava.data.encoding import truncate
 from llava.data.packing import grow_trees
 from llava.data.sources import ConversationSet
-from llava.errors import ImageError, LlavaError, PromptError
+from llava.errors import ContextLengthError, ImageError, LlavaError, PromptError
 from llava.prompt.conversation import IMAGE_MARK, Conversation, Image
 from llava.prompt.images import ImageLimits, decode_image, read_size
 from llava.prompt.processor import Encoded, PreparedImage, Processor
@@ -190,16 +191,21 @@ class _Checker:
         """Encode the conversations of a group, and grow the trees that a run would make of them."""
         assert self.processor is not None
         limits = self.report.limits
-        encoded: list[Encoded | LlavaError] = [self._encode(found) for _, found in sound]
+        encoded: list[Encoded | LlavaError] = []
         kept: list[Encoded] = []
-        for (_, found), one in zip(sound, encoded, strict=True):
-            if isinstance(one, LlavaError) or not one.num_answer_tokens:
-                continue
-            if len(one.input_ids) <= limits.max_tokens:
-                kept.append(one)
-            elif limits.too_long == "truncate":
-                shorter = self._encode(found, max_length=limits.max_tokens)
-                kept += [] if isinstance(shorter, LlavaError) else [shorter]
+        for _, found in sound:
+            images = self._prepared(found)
+            try:
+                whole = self.processor.encode(found, images=images)
+                encoded.append(whole)
+                if whole.num_answer_tokens and len(whole.input_ids) <= limits.max_tokens:
+                    kept.append(whole)
+                elif whole.num_answer_tokens and limits.too_long == "truncate":
+                    kept.append(truncate(found, images, self.processor, max_tokens=limits.max_tokens, whole=whole))
+            except ContextLengthError:
+                continue  # a cut that leaves no answer: left out
+            except LlavaError as error:
+                encoded.append(error)
         if not kept:
             return encoded, Sharing(0, 0, 0, 0)
         trees = grow_trees(kept, image_token_id=self.processor.image_token_id, max_tokens=limits.row_tokens)
@@ -210,21 +216,12 @@ class _Checker:
             tokens_shared=sum(tree.num_tokens for tree in trees),
         )
 
-    def _encode(self, found: Conversation, *, max_length: int | None = None) -> Encoded | LlavaError:
-        assert self.processor is not None
-        report = self.report
+    def _prepared(self, found: Conversation) -> list[PreparedImage]:
+        """A conversation's pictures by their sizes alone: tokens are counted, no pixel is needed."""
         nothing = np.zeros((0, 3, 0, 0), dtype=np.float32)
+        report = self.report
         numbers = [self._numbers[_picture_key(image)] for image in found.images]
-        images = [PreparedImage(nothing, (report.heights[place], report.widths[place])) for place in numbers]
-        try:
-            return self.processor.encode(
-                found,
-                images=images or None,
-                max_length=max_length,
-                overflow="error" if max_length is None else "truncate",
-            )
-        except LlavaError as error:
-            return error
+        return [PreparedImage(nothing, (report.heights[place], report.widths[place])) for place in numbers]
 
     def _take(self, sound: Sequence[tuple[int, Conversation]], encoded: Sequence[Encoded | LlavaError]) -> None:
         report, limits = self.report, self.report.limits
@@ -251,14 +248,11 @@ def lint(conversation: Conversation) -> Iterator[tuple[str, str]]:
     answers = [message for message in messages if message.role == "assistant"]
     if not any(message.supervised for message in answers):
         yield "nothing to learn", "no answer in it"
-    empty = [number for number, m in enumerate(messages, start=1) if m.role == "assistant" and not m.text.strip()]
+    silent = [place for place, m in enumerate(messages, start=1) if not m.images and not m.text.strip()]
+    empty = [place for place in silent if messages[place - 1].role == "assistant"]
     if empty:
         yield "empty answer", f"turn {_listed(empty)}: an answer is empty"
-    blank = [
-        number
-        for number, message in enumerate(messages, start=1)
-        if message.role == "user" and not message.images and not message.text.strip()
-    ]
+    blank = [place for place in silent if messages[place - 1].role == "user"]
     if blank:
         yield "empty question", f"turn {_listed(blank)}: neither words nor a picture"
     if messages and messages[0].role == "assistant":

@@ -8,12 +8,14 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llava.data.bad_samples import allowed
 from llava.data.check_findings import FindingLog
+from llava.data.encoding import TooLong
 from llava.data.sources import ConversationSet
 
 
@@ -22,7 +24,7 @@ class CheckLimits:
     """What a run would allow; the defaults are those of a recipe's `data` section (a test holds it)."""
 
     max_tokens: int = 2048
-    too_long: Literal["error", "drop", "truncate"] = "error"
+    too_long: TooLong = "error"
     max_bad_share: float = 0.001
     row_tokens: int = 4096
     group_by_picture: bool = True
@@ -98,9 +100,19 @@ class Report:
         return int(self.bad.sum())
 
     @property
+    def num_left_out(self) -> int:
+        """How many a run would put samples without loss in the place of; one that is too long stops it instead."""
+        return self.num_bad - self.log.counts["too long"]
+
+    @property
+    def too_many_left_out(self) -> bool:
+        """Whether so many cannot be used that a run would give up."""
+        return self.num_left_out > allowed(self.limits.max_bad_share, seen=self.records, conversations=self.records)
+
+    @property
     def stops_a_run(self) -> bool:
-        """Whether so many conversations are bad that a run would give up."""
-        return self.num_bad > self.limits.max_bad_share * self.records
+        """Whether a run would give up: a conversation over the limit, or too many that cannot be used."""
+        return self.log.counts["too long"] > 0 or self.too_many_left_out
 
     def origin(self, record: int) -> str:
         file, inner = self.conversations.locate(record)

@@ -42,16 +42,16 @@ KINDS: dict[str, Kind] = {
     "not a picture": Kind("error", "only JPEG, PNG, WebP, GIF and BMP are opened; convert it"),
     "picture too large": Kind("error", "make it smaller: a small file may unpack to gigabytes"),
     "empty answer": Kind("error", "fill the answer, or drop the record"),
+    "empty question": Kind("error", "a user turn without words and without a picture: fill it, or drop the record"),
     "nothing to learn": Kind("error", "no supervised token: add an answer, or drop the record"),
     "does not fit the template": Kind("error", "use another template, or mend the record"),
     "too long": Kind("error", "shorten it, raise data.max_tokens, or set data.too_long to drop or truncate"),
     "left out": Kind("warning", "longer than data.max_tokens; a run leaves it out"),
     "cut": Kind("warning", "longer than data.max_tokens; a run keeps its first whole turns"),
-    "empty question": Kind("warning", "a user turn without words and without a picture"),
     "opens with an answer": Kind("warning", "most templates leave the first answer out"),
     "ends with a question": Kind("warning", "the last turn has no answer, so nothing is learnt from it"),
     "mark in words": Kind(
-        "warning", "<image> stands in a text that has no picture for it; it is read as seven letters"
+        "warning", "<image> stands in a text that has no picture for it; it is read as seven characters"
     ),
     "tiny picture": Kind("warning", "fewer than 10 pixels a side; is it a placeholder?"),
     "duplicate": Kind("warning", "the same conversation on the same picture again"),
