@@ -96,7 +96,7 @@ def test_a_run_lowers_the_loss_and_leaves_a_model_that_opens(world: Path, tmp_pa
     made = losses(result.out_dir)
     assert len(made) == result.total_steps == 30
     assert sum(made[-5:]) < 0.5 * sum(made[:5])
-    assert {"config.json", "recipe.yaml", "run.json", "metrics.jsonl", "loss.svg"} <= {
+    assert {"config.json", "recipe.yaml", "run.json", "metrics.jsonl", "loss.svg", "loss.png"} <= {
         path.name for path in result.out_dir.iterdir()
     }
     assert not (result.out_dir / "checkpoints").exists()
@@ -215,8 +215,11 @@ def test_sample_answers_are_kept_and_shown(world: Path, tmp_path: Path) -> None:
     picture = f"run.sample_images=[{world}/images/0.png]"
     changes = (picture, "run.sample_every=3", "run.sample_questions=['Colour?']")
     sampled = run_recipe(make_recipe(world, tmp_path / "run", *changes), watcher=watcher)
-    assert [sample.step for sample in watcher.samples] == [3, 6]
-    assert len((sampled.out_dir / "samples.jsonl").read_text().splitlines()) == 2
+    assert [sample.step for sample in watcher.samples] == [0, 3, 6]
+    assert len((sampled.out_dir / "samples.jsonl").read_text().splitlines()) == 3
+    page = (sampled.out_dir / "samples.html").read_text()
+    assert "data:image/jpeg;base64," in page
+    assert all(f"<td>{step}</td>" in page for step in (0, 3, 6))
     assert watcher.info is not None
     assert watcher.info.total_steps == 6
     plain = run_recipe(make_recipe(world, tmp_path / "plain"))

@@ -11,25 +11,27 @@ from llava.train.journal import Journal, read_lines
 
 if TYPE_CHECKING:
     from llava.train.loop import StepRecord
+    from llava.train.meter import Meter
 
 
 class MetricsLog:
-    """`metrics.jsonl`: a line a step, each step once whatever happened to the run."""
+    """`metrics.jsonl`: a line a step, each step once whatever happened to the run. meter: adds MFU and memory."""
 
-    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_at: int = 0, meter: Meter | None = None) -> None:
         self.path = path
+        self._meter = meter
         self._journal = Journal(path, resume_at=resume_at)
 
     def write(self, record: StepRecord) -> None:
         """Add a step."""
-        self._journal.write(describe_step(record))
+        self._journal.write(describe_step(record, self._meter))
 
     def sync(self) -> None:
         """Put every line on the disk. Raises OSError when that cannot be done: numbers must not vanish in silence."""
         self._journal.sync()
 
 
-def describe_step(record: StepRecord) -> dict[str, Any]:
+def describe_step(record: StepRecord, meter: Meter | None = None) -> dict[str, Any]:
     """The line of a step: plain numbers; what is not finite becomes null, as JSON has no other way."""
     line: dict[str, Any] = {
         "step": record.step,
@@ -46,6 +48,9 @@ def describe_step(record: StepRecord) -> dict[str, Any]:
         "seconds": round(record.seconds, 4),
         "waited_seconds": round(record.waited_seconds, 4),
     }
+    if meter is not None:
+        line["mfu"] = round(meter.mfu(record), 4)
+        line["memory_gib"] = round(meter.memory() / 2**30, 3)
     if record.dropped:
         line["dropped"] = record.dropped
     if record.skipped:
@@ -58,13 +63,6 @@ def describe_step(record: StepRecord) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a last line that a kill cut short is left out. No file: no lines."""
     return read_lines(path)
-
-
-def draw_loss(lines: Sequence[dict[str, Any]], *, title: str) -> str:
-    """The curves as an SVG text."""
-    from llava.train.plot import draw_run
-
-    return draw_run(lines, title=title).svg()
 
 
 def running_mean(values: Sequence[float], *, window: int = 25) -> list[float]:

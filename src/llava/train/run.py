@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,22 @@ import torch
 
 import llava
 from llava.data.sources import iterate_origins
-from llava.distributed import any_process, joined, pick_device, process_number, share_object
+from llava.distributed import any_process, joined, pick_device, process_count, process_number, share_object
 from llava.errors import TrainingError
-from llava.train.journal import Journal, UnsavedError, naming_unsaved, write_durably
+from llava.train.journal import Journal, UnsavedError, naming_unsaved, read_lines, write_durably
 from llava.train.loop import StepRecord
-from llava.train.metrics import MetricsLog, draw_loss, read_metrics
+from llava.train.meter import Meter
+from llava.train.metrics import MetricsLog, read_metrics
+from llava.train.observers import observe
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
 from llava.train.resume import differences, held_folder, refuse_another_run
-from llava.train.samples import answer_samples
+from llava.train.samples import answer_samples, why_not_now, write_sample_page
 from llava.train.saving import save_run
 from llava.train.sections import Recipe
 from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state
 from llava.train.stopping import RunStoppedError, asked_to_stop
+from llava.train.trackers import require_trackers
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
         return finished
     if not resume and _is_first():
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
+    require_trackers(recipe.run.track)
     prepared = prepare_run(recipe)
     if _is_first():
         _check_space(prepared)
@@ -91,7 +95,11 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
     if _is_first():
         with naming_unsaved(out_dir):
             _describe(prepared, state="running")
-    watcher.started(prepared.info)
+        watcher = observe(recipe, watcher)
+    trainer = prepared.trainer
+    meter = Meter(trainer.model, device=trainer.device, dtype=prepared.dtype, processes=process_count())
+    prepared.notes["meter"] = meter
+    watcher.started(replace(prepared.info, meter=meter))
     try:
         last = _train(prepared, watcher)
     finally:
@@ -111,13 +119,15 @@ def _train(prepared: Prepared, watcher: Watcher) -> float | None:
     loss: float | None = lines[-1]["loss"] if lines else None
     saved_at = loader.position
     with asked_to_stop() as asked:
+        if journals and loader.position == 0:
+            _sample(prepared, 0, watcher, journals.samples)
         for record in prepared.trainer.run(iter(loader)):
             loss = record.loss
             last = record.step == loader.plan.total_steps
             if journals and (record.step % run.log_every == 0 or last):
                 journals.metrics.write(record)
             watcher.stepped(record)
-            if journals and run.sample_every and run.sample_images and record.step % run.sample_every == 0:
+            if journals and run.sample_every and record.step % run.sample_every == 0:
                 _sample(prepared, record.step, watcher, journals.samples)
             stops = any_process(asked.is_set())
             if last or record.step % run.save_every == 0 or stops:
@@ -156,7 +166,7 @@ class _Journals:
         out_dir, position, conversations = prepared.out_dir, prepared.loader.position, prepared.conversations
         with naming_unsaved(out_dir):
             opened = cls(
-                MetricsLog(out_dir / "metrics.jsonl", resume_at=position),
+                MetricsLog(out_dir / "metrics.jsonl", resume_at=position, meter=prepared.notes["meter"]),
                 Journal(out_dir / "samples.jsonl", resume_at=position),
                 Journal(out_dir / "bad_steps.jsonl", resume_at=position),
             )
@@ -214,25 +224,31 @@ def _facts_of(prepared: Prepared) -> dict[str, Any]:
 
 
 def _finish(prepared: Prepared) -> None:
-    """The model, the plot, the record that the run is done; the checkpoints have done their service."""
+    """The model, the record that the run is done; the checkpoints have done their service."""
     if not prepared.trainer.parallel.make_whole():
         return
     out_dir = prepared.out_dir
     with naming_unsaved(out_dir):
         save_run(prepared.recipe, prepared.loaded, out_dir, summaries=prepared.summaries, versions=_versions())
-        plot = draw_loss(read_metrics(out_dir / "metrics.jsonl"), title=prepared.recipe.description or out_dir.name)
-        write_durably(out_dir / "loss.svg", plot)
         _describe(prepared, state="finished")
     shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
 
 
 def _sample(prepared: Prepared, step: int, watcher: Watcher, journal: Journal) -> None:
+    """Ask the model as it stands, when the recipe wants it (`sample_every`, `sample_images`)."""
     run, loaded = prepared.recipe.run, prepared.loaded
+    if not run.sample_every or not run.sample_images:
+        return
+    if (reason := why_not_now(loaded.model)) is not None:
+        _log.warning("%s", reason)
+        return
     images = [Path(name) for name in run.sample_images]
     samples = answer_samples(loaded.model, loaded.processor, step=step, images=images, questions=run.sample_questions)
     for sample in samples:
         watcher.sampled(sample)
         journal.write({"step": step, "image": str(sample.image), "question": sample.question, "answer": sample.answer})
+    title = prepared.recipe.description or prepared.out_dir.name
+    write_sample_page(prepared.out_dir / "samples.html", read_lines(journal.path), title=title)
 
 
 # --- the run's folder --------------------------------------------------------------------------------------------
