@@ -26,6 +26,7 @@ LEVEL = {
     "eval": 7,
     "quickstart": 8,
     "cli": 9,
+    "__main__": 10,
 }
 NO_TORCH = ["llava", "llava.errors", "llava.distributed", "llava.prompt.conversation", "llava.prompt.templates",
             "llava.prompt.tiling", "llava.prompt.processor", "llava.cli.main"]  # fmt: skip

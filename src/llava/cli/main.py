@@ -22,6 +22,7 @@ from typing import Any
 import typer
 
 from llava import __version__
+from llava.distributed import is_main
 from llava.errors import LlavaError
 
 
@@ -95,7 +96,7 @@ def _run(arguments: Sequence[str]) -> int:
     label = "llava" if chosen is None else f"llava {chosen}"
     try:
         command = typer.main.get_command(build_app(chosen))
-        result = command.main(args=arguments, prog_name="llava", standalone_mode=False)
+        result = command.main(args=arguments, prog_name="llava", standalone_mode=False, obj=arguments)
         status = result if isinstance(result, int) else 0
         if status == 130:
             return _fail(label, "stopped", status=130)
@@ -121,6 +122,8 @@ def _chosen_command(arguments: Sequence[str]) -> str | None:
 
 
 def _fail(label: str, message: str, *, status: int = 2) -> int:
+    if status == 130 and not is_main():
+        return status  # one process of several says that all have stopped
     print(f"{label}: {' '.join(message.split()) or 'failed'}", file=sys.stderr)
     return status
 

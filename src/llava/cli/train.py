@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llava.distributed import is_main
+
 if TYPE_CHECKING:
     from llava.train.sections import Recipe
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`llava recipe list`).")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Values that replace the recipe's.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; it becomes a model that `llava chat` opens.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes to start on this machine, one a device.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Open and check everything, train nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start anew instead of going on.")] = False,
@@ -35,10 +41,16 @@ def train(
     if check:
         _check(loaded)
         return
+    from llava.cli.processes import one_voice, start_processes
+
+    start_processes(context.obj, devices)
     from llava.train.progress import TerminalWatcher
     from llava.train.run import run_recipe
 
-    result = run_recipe(loaded, resume=not restart, watcher=TerminalWatcher())
+    with one_voice():
+        result = run_recipe(loaded, resume=not restart, watcher=TerminalWatcher())
+    if not is_main():
+        return
     if result.first_step == result.total_steps:
         typer.echo(f"{result.out_dir}: finished already ({result.total_steps} steps); --restart trains it anew")
         return

@@ -16,6 +16,7 @@ Not covered: sharding over a part of the processes (hybrid), tensor parallelism,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
@@ -190,13 +191,15 @@ def _wrap_ddp(step_loss: StepLoss) -> DistributedDataParallel:
     for parameter in trained.values():
         dist.broadcast(parameter.data, src=0)
     # Frozen weights come from files and are compared by digest; sending them as well would take minutes.
-    return DistributedDataParallel(
-        step_loss, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False
-    )
+    # Buffers are constants (rotary frequencies); newer torch has another word for not sending them at every pass.
+    known = inspect.signature(DistributedDataParallel).parameters
+    quiet = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    settings: dict[str, Any] = {"init_sync": False, "gradient_as_bucket_view": True, quiet: False}
+    return DistributedDataParallel(step_loss, **settings)
 
 
 def _shard(step_loss: StepLoss, *, mode: Mode, device: torch.device, dtype: torch.dtype, cpu_offload: bool) -> None:
-    """Shard block by block, then the projector, then what is left with the root.
+    """Shard block by block, and what is left with the root: embeddings, projector, norms, output layer.
 
     The tower's blocks and not the tower: FSDP2 renames the class of what it wraps, and transformers 5 finds the hidden
     states to return by class name.
@@ -214,9 +217,7 @@ def _shard(step_loss: StepLoss, *, mode: Mode, device: torch.device, dtype: torc
     # The blocks that FSDP2 is to know are those of the two transformers; all they hold is computed under autocast.
     for block in (*find_blocks(model.vision_tower), *find_blocks(model.decoder)):
         fully_shard(block, mp_policy=policy if low else plain, **common)
-    if any(True for _ in model.multi_modal_projector.parameters()):
-        fully_shard(model.multi_modal_projector, mp_policy=plain, **common)
-    # The root holds the embeddings and the output layer, which the backward pass needs at once.
+    # The root is not let go of between the passes: the backward pass begins with its output layer.
     fully_shard(step_loss, mp_policy=plain, **{**common, "reshard_after_forward": False})
 
 
