@@ -7,6 +7,7 @@ spread over processes is train/parallel.py's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -149,12 +150,13 @@ class Trainer:
         summed = self._accumulate(batches, answer_tokens, count=totals.micro_batches) if answer_tokens else 0.0
         loss = summed / max(answer_tokens, 1)
         self.guard.unscale(self._trained)
+        if totals.with_pictures and math.isfinite(loss) and self.guard.scale == 1.0:
+            self._check_once()  # before clipping: one gradient that is not finite makes all of them so
         grad_norm = self.parallel.clip(self._trained, self._optim.max_grad_norm) if answer_tokens else 0.0
         verdict = self.guard.judge(step.step + 1, loss=loss, grad_norm=grad_norm, conversations=step.conversations)
         if verdict == "good" and answer_tokens:
-            if not self._reach_checked and totals.with_pictures:
-                check_reached(self.model)
-                self._reach_checked = True
+            if totals.with_pictures:
+                self._check_once()  # under float16's scale only a step without overflow can tell
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done = step.step + 1
@@ -176,6 +178,12 @@ class Trainer:
             tiles=totals.tiles,
             pairs=totals.pairs,
         )
+
+    def _check_once(self) -> None:
+        """The run's first backward pass with a picture: what should learn has a finite gradient, or the run stops."""
+        if not self._reach_checked:
+            check_reached(self.model)
+            self._reach_checked = True
 
     def _accumulate(self, batches: Sequence[Batch], answer_tokens: int, *, count: int | None = None) -> float:
         """Gradients of (summed loss / answer_tokens) over all micro-batches; returns the summed loss, of all processes.

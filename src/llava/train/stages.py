@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llava.checkpoint.quantised import Nf4, has_lost_its_gradient, pack_layer, unpacked_numel
+from llava.distributed import any_process
 from llava.errors import TrainingError
 from llava.model.added_rows import ROWS, attach_added_rows
 from llava.model.llava import Llava
@@ -136,10 +138,12 @@ def check_reached(model: Llava) -> None:
 
     Raises TrainingError naming what is dead: a tensor without a gradient, one with a gradient that is not finite, or
     a part whose gradients are all exactly zero (it is cut off from the loss). Where 4 bit layers lost their backward
-    pass to bitsandbytes' repacking on CPUs, that is named as the cause.
+    pass to bitsandbytes' repacking on CPUs, that is named as the cause. A call of all processes, which agree: one of
+    them may find nothing wrong itself, and then names no tensor.
     """
-    dead = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if dead:
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    dead = [name for name, gradient in gradients.items() if gradient is None]
+    if any_process(bool(dead)):
         repacked = [name for name, module in model.named_modules() if has_lost_its_gradient(module)]
         if repacked:
             raise TrainingError(
@@ -148,17 +152,22 @@ def check_reached(model: Llava) -> None:
                 "open the model again, and run nothing on it before it trains"
             )
         raise TrainingError(f"{len(dead)} trained tensors got no gradient: {_shown(dead)}; freeze their part in `tune`")
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    broken = [name for name, gradient in gradients.items() if not bool(gradient.isfinite().all())]
-    if broken:
+    parts = {name: _own_part(gradient) for name, gradient in gradients.items() if gradient is not None}
+    broken = [name for name, gradient in parts.items() if not bool(gradient.isfinite().all())]
+    if any_process(bool(broken)):
         raise TrainingError(
             f"{len(broken)} trained tensors got a gradient that is not finite at the first step: {_shown(broken)}; "
             "look for weights or pictures that are not numbers (`llava model show`, `llava data check`)"
         )
     for part in PARTS:
-        own = [gradient for name, gradient in gradients.items() if part_of(name) == part]
-        if own and not any(bool(gradient.count_nonzero()) for gradient in own):
+        own = [gradient for name, gradient in parts.items() if part_of(name) == part]
+        if own and not any_process(any(bool(gradient.count_nonzero()) for gradient in own)):
             raise TrainingError(f"every gradient of the {part} is zero; it is cut off from the loss")
+
+
+def _own_part(gradient: Tensor) -> Tensor:
+    """What this process holds of a sharded gradient; a whole one as it is."""
+    return cast(Tensor, getattr(gradient, "to_local", lambda: gradient)())
 
 
 def _shown(names: Sequence[str]) -> str:
