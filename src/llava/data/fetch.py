@@ -115,7 +115,10 @@ class Fetcher:
             watch.start()
             if parts.scheme == "https":
                 plain = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-            return self._exchange(plain, parts, host, port)
+            answer = self._exchange(plain, parts, host, port)
+            if time.monotonic() >= deadline:  # a body that was cut off looks like one that ended
+                raise TimeoutError
+            return answer
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= deadline:
                 raise _RefusedError(

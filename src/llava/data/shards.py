@@ -196,7 +196,7 @@ def _match(named: Sequence[str], pictures: Mapping[str, bytes]) -> dict[str, byt
         last = name.replace("\\", "/").rpartition("/")[2]
         ending = last.partition(".")[2]
         by_name += [own for own in pictures if own in (last, ending)][:1]
-    if len(by_name) != len(named) or len(set(by_name)) != len(pictures):
+    if len(by_name) != len(named) or not len(set(named)) == len(set(by_name)) == len(pictures):
         if len(named) != len(pictures):
             return None
         by_name = list(pictures)
