@@ -54,3 +54,61 @@ def test_check_with_a_model_counts_tokens_and_what_sharing_saves(
     assert (sharing["pictures_alone"], sharing["pictures_shared"]) == (3, 1)
     assert f"{sharing['tokens_alone']:,} tokens alone, {sharing['tokens_shared']:,} shared" in printed
     assert sharing["tokens_alone"] == written["tokens"]["all"] > sharing["tokens_shared"]
+
+
+def test_show_prints_a_record_and_writes_its_page_and_drawing(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path, "Red.", "It is crimson.")
+    assert main(["data", "show", str(data), "1", "--model", str(model), "--html", "r.html", "--save", "r.png"]) == 0
+    printed = capsys.readouterr().out
+    assert "80 x 60 pixels" in printed
+    assert "1 tiles, 16 tokens" in printed
+    assert "\ufffd" not in printed, "byte tokens are joined to characters"
+    assert "crimson.</s>" in printed
+    assert (tmp_path / "r.html").exists()
+    assert (tmp_path / "r.png").exists()
+    assert main(["data", "show", str(data), "--line", "1"]) == 0
+    assert "assistant: It is crimson." in capsys.readouterr().out, "both records stand in line 1"
+
+
+def test_show_prints_what_does_not_parse_before_it_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"conversations": "none"}\n{"conversations": []}')
+    assert main(["data", "show", "bad.jsonl", "0"]) == 2
+    printed = capsys.readouterr()
+    assert '"conversations": "none"' in printed.out
+    assert "bad.jsonl:1: 'conversations' must be a list" in printed.err
+    assert main(["data", "show", "bad.jsonl", "2"]) == 2
+    assert "record 2: bad.jsonl has 2, numbered from 0" in capsys.readouterr().err
+
+
+def test_convert_says_what_it_wrote_and_keeps_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path, "Red.", "Blue.")
+    assert main(["data", "convert", str(data), "out.jsonl", "--to", "openai"]) == 0
+    assert "wrote 2 records to out.jsonl (openai)" in capsys.readouterr().out
+    assert main(["data", "convert", str(data), "out.jsonl", "--to", "openai"]) == 2
+    assert "out.jsonl exists already; give --force" in capsys.readouterr().err
+    assert main(["data", "convert", "out.jsonl", "back.json", "--force"]) == 0
+    assert json.loads((tmp_path / "back.json").read_text()) == json.loads(data.read_text())
+
+
+def test_convert_hands_options_to_the_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("where,label\na.png,cat\n")
+    assert main(["data", "convert", "t.csv", "out.json", "image=where", "prompt=What?"]) == 0
+    (record,) = json.loads((tmp_path / "out.json").read_text())
+    assert record["image"] == "a.png"
+    assert record["conversations"][0]["value"] == "<image>\nWhat?"
+    assert main(["data", "convert", "t.csv", "out2.json", "image"]) == 2
+    assert "'image': an option of the reader is key=value" in capsys.readouterr().err
+
+
+def test_convert_leaves_bad_records_out_when_asked_and_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"conversations": [["q", "a"]]}
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(good)}\n{{}}\n")
+    assert main(["data", "convert", "in.jsonl", "out.json"]) == 2
+    assert main(["data", "convert", "in.jsonl", "out.json", "--skip-bad"]) == 0
+    printed = capsys.readouterr()
+    assert "left out: in.jsonl:2: " in printed.err
+    assert "wrote 1 records to out.json (llava); left out 1" in printed.out

@@ -14,7 +14,7 @@ from llava.data.check import CheckLimits, Report, check_conversations
 from llava.data.check_charts import bin_values, histogram, two_bars
 from llava.data.check_report import choose_examples, write_page
 from llava.data.sources import ConversationSet, read_conversations
-from llava.data.token_text import joined_pieces, token_pieces
+from llava.data.token_text import join_pieces, token_pieces
 from llava.prompt.processor import IGNORE_LABEL, Processor
 from tests.data.test_check import processor as processor  # the fixture
 
@@ -104,7 +104,7 @@ def test_pieces_spell_the_text_and_cover_every_token(tmp_path: Path, processor: 
     assert sum(piece.num_tokens for piece in pieces) == len(encoded.input_ids)
     learnt = sum(piece.num_tokens for piece in pieces if piece.kind == "learnt")
     assert learnt == int((encoded.labels != IGNORE_LABEL).sum())
-    joined = joined_pieces(encoded, processor)
+    joined = join_pieces(pieces)
     assert [piece.kind for piece in joined] == ["read", "picture", "read", "learnt"]
     assert joined[1].num_tokens == encoded.tokens_per_image[0]
     assert joined[3].text.removesuffix("</s>").strip() == text

@@ -90,6 +90,38 @@ def check(
 
 
 @app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A file of conversations, of any format.")],
+    number: Annotated[int, typer.Argument(metavar="N", help="The record's number, counted from 0.")] = 0,
+    line: Annotated[int | None, typer.Option(min=1, help="Instead of N: the record at this line of the file.")] = None,
+    images: _Images = None,
+    model: _Model = None,
+    template: _Template = None,
+    html: Annotated[Path | None, typer.Option(help="Write the record as an HTML page.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Draw the record as a PNG.")] = None,
+) -> None:
+    """Show one record: its turns, its pictures, and (with --model) the prompt with what is learnt in green."""
+    from llava.cli.data_opening import find_record, open_files, raw_record
+    from llava.cli.data_tables import make_console, print_record
+    from llava.data.record_view import draw_record, look_at_record, write_record_page
+    from llava.errors import DataError
+
+    opened = open_files([file], images=images, model=model, template=template, max_tokens=None)
+    (records,) = opened.conversations.files
+    index = find_record(records, number, line)
+    try:
+        view = look_at_record(records, index, opened.processor)
+    except DataError:
+        typer.echo(raw_record(records, index))  # what the error is about
+        raise
+    print_record(view, make_console())
+    if html is not None:
+        write_record_page(html, view)
+    if save is not None:
+        draw_record(save, view)
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A file of conversations, a table, or a folder.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .json or .jsonl file; .parquet; .tar or a folder.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llava.data.check_figures import CheckLimits
+    from llava.data.records import ConversationFile
     from llava.data.sources import ConversationSet
     from llava.prompt.processor import Processor
+
+_RAW_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,26 @@ def open_processor(model: str) -> Processor:
     from llava.checkpoint.load import open_checkpoint
 
     return open_checkpoint(model).processor()
+
+
+def find_record(file: ConversationFile, number: int, line: int | None) -> int:
+    """The record's number, from itself or from a line. Raises UsageError when there is none."""
+    from llava.data.record_view import find_line
+    from llava.errors import UsageError
+
+    if line is not None:
+        number = find_line(file, line)
+        if number < 0:
+            raise UsageError(f"--line {line}: no record of {file.path} begins at or before it")
+    if not 0 <= number < len(file):
+        raise UsageError(f"record {number}: {file.path} has {len(file):,}, numbered from 0")
+    return number
+
+
+def raw_record(file: ConversationFile, number: int) -> str:
+    """A record as it stands in its file, cut where it is long; for records that do not parse."""
+    text = json.dumps(file.record(number), indent=1, ensure_ascii=False)
+    return text if len(text) <= _RAW_CHARACTERS else f"{text[:_RAW_CHARACTERS]} ..."
 
 
 def read_options(texts: Sequence[str]) -> dict[str, str]:

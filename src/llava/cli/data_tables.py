@@ -12,7 +12,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from llava.data.check_figures import Report
+    from llava.data.record_view import RecordView
     from llava.data.token_text import Piece
+    from llava.prompt.conversation import Message
 
 _LEARNT = "bold green"
 _PICTURE = "black on bright_cyan"
@@ -139,4 +141,42 @@ def coloured(pieces: Sequence[Piece]) -> Text:
             text.append(f" picture: {piece.num_tokens:,} tokens ", _PICTURE)
         else:
             text.append(piece.text, _LEARNT if piece.kind == "learnt" else "dim")
+    return text
+
+
+def print_record(view: RecordView, console: Console) -> None:
+    """A record: where it stands, its pictures, its prompt (or its turns, without a model), and what is wrong."""
+    console.print(view.origin, style="bold", markup=False, soft_wrap=True)
+    for picture in view.pictures:
+        if picture.size is None:
+            continue
+        height, width = picture.size
+        seen = f", {picture.tiles} tiles, {picture.tokens:,} tokens" if picture.tokens else ""
+        console.print(
+            f"picture {picture.name}: {width} x {height} pixels, {picture.num_bytes:,} bytes{seen}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if view.encoded is not None:
+        length, learnt = len(view.encoded.input_ids), view.encoded.num_answer_tokens
+        console.print(f"{length:,} tokens, {learnt:,} of them learnt ({learnt / max(length, 1):.0%}), in green:")
+        console.print()
+        console.print(coloured(view.pieces), soft_wrap=True)
+    else:
+        console.print()
+        for message in view.conversation.messages:
+            console.print(_turn(message), soft_wrap=True)
+    for problem in view.problems:
+        console.print(Text(problem, "red"), soft_wrap=True)
+
+
+def _turn(message: Message) -> Text:
+    from llava.prompt.conversation import Image
+
+    text = Text(f"{message.role}: ", "bold")
+    for part in message.parts:
+        if isinstance(part, Image):
+            text.append(" picture ", _PICTURE)
+        else:
+            text.append(part.text, "green" if message.role == "assistant" and message.supervised else "")
     return text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,11 +19,11 @@ import numpy as np
 from llava.data.check_charts import histogram, two_bars
 from llava.data.check_figures import Report
 from llava.data.check_findings import KINDS
-from llava.data.token_text import token_pieces
+from llava.data.token_text import Piece, token_pieces
 from llava.errors import LlavaError
 from llava.prompt.conversation import Conversation, Image
 from llava.prompt.images import ImageLimits, decode_image
-from llava.prompt.processor import Encoded, Processor
+from llava.prompt.processor import Processor
 
 _THUMBNAIL = 320
 _PICTURES_A_CARD = 4
@@ -195,7 +195,7 @@ def _card(report: Report, example: Example, processor: Processor | None) -> str:
     try:
         conversation = report.conversations[example.record]
         encoded = None if processor is None else processor.encode(conversation)
-        pictures = "".join(_thumbnail(image) for image in conversation.images[:_PICTURES_A_CARD])
+        pictures = "".join(thumbnail_as_html(image) for image in conversation.images[:_PICTURES_A_CARD])
     except LlavaError as error:  # the file may have changed since it was checked
         return f"<div class=card><header><span>{html.escape(str(error))}</span></header></div>"
     more = len(conversation.images) - _PICTURES_A_CARD
@@ -204,18 +204,21 @@ def _card(report: Report, example: Example, processor: Processor | None) -> str:
     if encoded is not None:
         size = f"{len(encoded.input_ids):,} tokens, {encoded.num_answer_tokens:,} learnt"
     because = f"<b>{html.escape(example.because)}</b> " if example.because else ""
-    words = _words(conversation) if encoded is None or processor is None else _prompt(encoded, processor)
+    words = words_as_html(conversation)
+    if encoded is not None and processor is not None:
+        words = prompt_as_html(token_pieces(encoded, processor), at_most=_PIECES_A_CARD)
     return (
         f"<div class=card><header><span>{because}<span class=soft>{html.escape(_short(origin))}</span></span>"
         f"<span class=soft>{size}</span></header><div class=thumbs>{thumbs}</div><div class=prompt>{words}</div></div>"
     )
 
 
-def _prompt(encoded: Encoded, processor: Processor) -> str:
+def prompt_as_html(pieces: Iterable[Piece], *, at_most: int | None = None) -> str:
+    """A rendered prompt, token by token: what is learnt in <i>, pictures in <u>."""
     parts: list[str] = []
-    for number, piece in enumerate(token_pieces(encoded, processor)):
-        if number >= _PIECES_A_CARD:
-            parts.append(f" <span class=soft>... {len(encoded.input_ids):,} tokens in all</span>")
+    for number, piece in enumerate(pieces):
+        if number == at_most:
+            parts.append(" <span class=soft>... and so on</span>")
             break
         if piece.kind == "picture":
             parts.append(f"<u>picture, {piece.num_tokens:,} tokens</u>")
@@ -226,7 +229,7 @@ def _prompt(encoded: Encoded, processor: Processor) -> str:
     return "".join(parts)
 
 
-def _words(conversation: Conversation) -> str:
+def words_as_html(conversation: Conversation) -> str:
     """The turns without a model: answers marked as learnt."""
     parts = []
     for message in conversation.messages:
@@ -238,7 +241,8 @@ def _words(conversation: Conversation) -> str:
     return "\n".join(parts)
 
 
-def _thumbnail(image: Image) -> str:
+def thumbnail_as_html(image: Image) -> str:
+    """A picture, made small and inlined, with its name and size. Raises ImageError."""
     picture = decode_image(image.source, ImageLimits(), background=(255, 255, 255))
     name = Path(image.source).name if isinstance(image.source, Path) else "in the record"
     shown = f"{picture.width} x {picture.height}"
