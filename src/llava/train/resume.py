@@ -109,8 +109,9 @@ def digest_tensor(tensor: Tensor) -> str:
     plain, weighted = 0, 0
     for number, chunk in enumerate(torch.split(bits, _CHUNK)):
         wide = chunk.long()
-        plain += int(wide.sum())
-        weighted += int((wide * weights[: len(wide)]).sum()) * (2 * number + 1)
+        here = int(wide.sum())
+        plain += here
+        weighted += int((wide * weights[: len(wide)]).sum()) + 2 * number * _CHUNK * here
     text = f"{tensor.dtype} {tuple(tensor.shape)} {plain} {weighted}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -118,12 +119,17 @@ def digest_tensor(tensor: Tensor) -> str:
 def refuse_another_run(place: Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise TrainingError naming what differs when a checkpoint's facts are not this run's.
 
-    Both hold "recipe" (as plain values), "fingerprints" (take_fingerprints) and "versions". Another version of a
-    library is worth a warning: the run goes on, though perhaps not to the same bit.
+    Both hold "recipe" (as plain values), "dtype" (what is computed in), "fingerprints" (take_fingerprints) and
+    "versions". Another version of a library is worth a warning: the run goes on, though perhaps not to the same bit.
     """
     different = differences(facts["recipe"], now["recipe"])
     if different:
         raise TrainingError(f"{place} is of another recipe: {'; '.join(different[:3])}; {_WAY_OUT}")
+    if facts["dtype"] != now["dtype"]:
+        raise TrainingError(
+            f"{place} was computed in {facts['dtype']}, this device would take {now['dtype']}; go on with a device as "
+            "before, choose another run.out, or start anew with --restart"
+        )
     for kind, here in now["fingerprints"].items():
         before = facts["fingerprints"].get(kind, {})
         changed = sorted(name for name in {*before, *here} if before.get(name) != here.get(name))

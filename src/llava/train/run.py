@@ -218,6 +218,7 @@ def _facts_of(prepared: Prepared) -> dict[str, Any]:
     """What a checkpoint says of its run, and a continuation must agree with."""
     return {
         "recipe": prepared.recipe.model_dump(mode="json"),
+        "dtype": str(prepared.dtype).removeprefix("torch."),
         "fingerprints": prepared.notes["fingerprints"],
         "versions": _versions(),
     }
