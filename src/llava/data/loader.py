@@ -9,11 +9,12 @@ conversations' worth of them. Workers are threads: decoding, resizing and tokeni
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from llava.data.bad_samples import BadSample, BadSamples, gather_bad
 from llava.data.batch import Batch, build_batch
 from llava.data.grouping import Group, Groups
 from llava.data.order import Order, order_groups
-from llava.data.packing import Tree, fit_rows, grow_trees
+from llava.data.packing import Tree, fit_rows, grow_trees, number_pictures
 from llava.errors import TrainingError
 from llava.prompt.processor import Encoded
 
@@ -155,6 +156,7 @@ class Layout:
 
     tree_tokens: the longest tree; row_tokens: the longest row. Attention through a mask costs the square of a row, so
     rows should be short there; attention by trees does not care, and one long row has no padding.
+    picture_keys: batches carry a key of each picture, for a cache of its features.
     """
 
     tree_tokens: int
@@ -163,6 +165,7 @@ class Layout:
     image_token_id: int
     pad_token_id: int
     multiple: int = 8
+    picture_keys: bool = False
 
 
 class Loader:
@@ -187,7 +190,7 @@ class Loader:
     ) -> None:
         self.plan = plan
         self.position = 0
-        self.bad_samples = bad_samples or BadSamples(max_share=1.0, conversations=1)
+        self.bad_samples = BadSamples(max_share=1.0, conversations=sys.maxsize) if bad_samples is None else bad_samples
         self._encode = encode
         self._layout = layout
         self._workers = workers
@@ -236,6 +239,10 @@ class Loader:
             truncated=truncated,
             bad=tuple(bad),
         )
+
+    def key_pictures(self) -> None:
+        """From now on, batches carry a key of each picture."""
+        self._layout = replace(self._layout, picture_keys=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it is a position in, and the bad samples before it."""
@@ -292,6 +299,7 @@ def lay_out(trees: Sequence[Tree], layout: Layout) -> Iterator[Batch]:
     """Rows by best fit, rows of like length together, as many a batch as `micro_batch_tokens` allows (at least one)."""
     if not trees:
         return
+    trees = number_pictures(trees)
     rows = fit_rows([tree.num_tokens for tree in trees], layout.row_tokens)
     lengths = [sum(trees[i].num_tokens for i in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
@@ -307,4 +315,4 @@ def lay_out(trees: Sequence[Tree], layout: Layout) -> Iterator[Batch]:
 
 def _batch(members: Sequence[int], rows: Sequence[Sequence[int]], trees: Sequence[Tree], layout: Layout) -> Batch:
     laid = [[trees[i] for i in rows[row]] for row in members]
-    return build_batch(laid, pad_token_id=layout.pad_token_id, multiple=layout.multiple)
+    return build_batch(laid, pad_token_id=layout.pad_token_id, multiple=layout.multiple, keyed=layout.picture_keys)

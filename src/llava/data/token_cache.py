@@ -107,7 +107,7 @@ class TokenCache:
                 file.seek(0)
                 while len(head := file.read(_HEAD.size)) == _HEAD.size:
                     length, checksum, number = _HEAD.unpack(head)
-                    if offset + _HEAD.size + length > size:
+                    if length < _COUNTS.size or offset + _HEAD.size + length > size:
                         break
                     body = file.read(length)
                     if zlib.crc32(body, number & 0xFFFFFFFF) != checksum:
