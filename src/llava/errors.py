@@ -14,6 +14,7 @@
         PeerFailedError        another process of the run failed first and has said why; nothing to add
       EngineError              a request cannot be answered
         OutOfMemoryError       the request did not fit the device; the engine itself goes on
+        QueueFullError         too many requests wait; ask again after the seconds that it names
 
 A bug of ours is not a LlavaError: it keeps its traceback.
 """
@@ -81,6 +82,14 @@ class EngineError(LlavaError):
 
 class OutOfMemoryError(EngineError):
     """A request did not fit the device; the engine itself goes on."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait. retry_after: seconds after which there should be room."""
+
+    def __init__(self, waiting: int, *, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests wait already; try again in {retry_after} s")
+        self.retry_after = retry_after
 
 
 def name_nearest(name: str, known: Iterable[str]) -> str:

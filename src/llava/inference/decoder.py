@@ -55,6 +55,9 @@ class Decoder(Protocol):
         had. Of a branch that shares its row it is the beginning that all branches of the row share.
         """
 
+    def fork(self, source: int, target: int) -> None:
+        """Make a new branch that has read and said what `source` has. `source` has a row to itself."""
+
     def free(self, branches: Sequence[int]) -> None:
         """Forget branches and give their memory back."""
 
@@ -124,6 +127,9 @@ class PlainDecoder:
             return None
         length = cache.get_seq_length()
         return Stored(copy.deepcopy(cache), length, length * self.bytes_per_token)
+
+    def fork(self, source: int, target: int) -> None:
+        self._caches[target] = copy.deepcopy(self._caches[source])
 
     def free(self, branches: Sequence[int]) -> None:
         for branch in branches:

@@ -18,6 +18,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -32,7 +33,7 @@ from llava.inference.decoder import Decoder, Group, LlavaLike
 from llava.inference.lean import choose_decoder
 from llava.inference.pictures import FeatureStore, Picture, read_pictures
 from llava.inference.prefix_cache import PrefixCache, Stored, content_of
-from llava.inference.sampling import Sampler, SamplingParams
+from llava.inference.sampling import Sampler, SamplingParams, TokenLogprobs, read_logprobs
 from llava.prompt.processor import Encoded
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -56,11 +57,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. token_ids ends with the stop token when finish_reason is "stop"."""
+    """One answer. token_ids ends with the stop token when finish_reason is "stop".
+
+    logprobs: one entry a token where SamplingParams asked for them, else empty.
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     num_prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,12 @@ class Generation:
         self.request = request
         self.max_new_tokens = max_new_tokens
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
         """What ended it, when something did; iterating raises it."""
+        self.cancelled = False
+        """Whether somebody asked for its end."""
 
     @property
     def done(self) -> bool:
@@ -102,7 +110,12 @@ class Generation:
         if self.error is not None:
             raise self.error
         assert self.finish_reason is not None, "asked for the completion of an answer under way"
-        return Completion(tuple(self.token_ids), self.finish_reason, len(self.request.encoded.input_ids))
+        return Completion(
+            tuple(self.token_ids),
+            self.finish_reason,
+            len(self.request.encoded.input_ids),
+            tuple(self.logprobs),
+        )
 
     def __iter__(self) -> Iterator[int]:
         given = 0
@@ -136,6 +149,15 @@ class _Job:
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     shared: int = 0
     """How many of its first tokens it was read together with others."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRead:
+    """A prompt that was read: its branch in the decoder, logits (1, V) after it, and how long an answer may be."""
+
+    branch: int
+    logits: Tensor
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,20 +221,9 @@ class Engine:
 
     def submit(self, encoded: Encoded, params: SamplingParams = _GREEDY) -> Generation:
         """Queue a request. Raises ContextLengthError, before any work, when the prompt leaves no room for an answer."""
-        length = len(encoded.input_ids)
-        if length == 0:
-            raise EngineError("an empty prompt cannot be answered; give at least one token")
-        room = self.context_length - length
-        if room < 1:
-            pictures = f", {sum(encoded.tokens_per_image)} of them pictures" if encoded.tokens_per_image else ""
-            raise ContextLengthError(
-                f"the prompt has {length} tokens{pictures}, and the model's context is {self.context_length}; "
-                "shorten it, drop a picture or start a new conversation"
-            )
-        generation = Generation(self, Request(encoded, params), max_new_tokens=min(params.max_new_tokens, room))
-        with self._lock:
-            self._waiting.append(self._make_job(generation))
-        return generation
+        job = self._make_job(encoded, params)
+        self._waiting.append(job)  # without the lock: nobody should wait for a step to end in order to queue
+        return job.generation
 
     def generate(
         self, requests: Iterable[Request], *, on_done: Callable[[int], None] | None = None
@@ -246,17 +257,16 @@ class Engine:
             for generation in generations:
                 generation.cancel()
 
-    @torch.inference_mode()
     def cancel(self, generation: Generation) -> None:
-        """End one answer now; nothing happens when it is done already."""
-        with self._lock:
-            if generation.done:
-                return
-            generation.finish_reason = "cancelled"
-            self._waiting = deque(job for job in self._waiting if job.generation is not generation)
-            stopped = [job for job in self._active if job.generation is generation]
-            self._remember(stopped)
-            self._free(stopped)
+        """End one answer; nothing happens when it is done already. While another thread is in a step, that step ends
+        first, and the answer with it.
+        """
+        generation.cancelled = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._end_cancelled()
+            finally:
+                self._lock.release()
 
     def clear(self) -> None:
         """Forget what is kept for later questions: image features, and the prompts and answers read so far."""
@@ -264,10 +274,28 @@ class Engine:
             self._features.clear()
             self.prefixes.clear()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Other requests wait while the caller works with the decoder itself."""
+        with self._lock:
+            yield
+
+    def new_branch(self) -> int:
+        """A number for a branch of the decoder that no request has."""
+        return next(self._numbers)
+
+    def read_prompt(self, encoded: Encoded, params: SamplingParams) -> PromptRead:
+        """Read a prompt and leave the rest to the caller, who works within `alone` and frees the branch."""
+        job = self._make_job(encoded, params)
+        batch = self._look_up([job])
+        logits = self.decoder.prefill(self._make_group(batch), [job.branch])
+        return PromptRead(job.branch, logits, job.generation.max_new_tokens)
+
     @torch.inference_mode()
     def step(self) -> int:
         """Read waiting prompts and add one token to every answer under way; returns how many are left to work on."""
         with self._lock:
+            self._end_cancelled()
             batches = deque(self._look_up(jobs) for jobs in self._admit())
             try:
                 self._features.encode_ahead(batch.unread for batch in batches)
@@ -278,7 +306,19 @@ class Engine:
                 self._waiting.extendleft(job for batch in reversed(batches) for job in reversed(batch.jobs))
             if self._active:
                 self._advance()
+            self._end_cancelled()
             return len(self._active) + len(self._waiting)
+
+    @torch.inference_mode()
+    def _end_cancelled(self) -> None:
+        for job in [job for job in tuple(self._waiting) if job.generation.cancelled]:
+            self._waiting.remove(job)
+            job.generation.finish_reason = "cancelled"
+        stopped = [job for job in self._active if job.generation.cancelled]
+        for job in stopped:
+            job.generation.finish_reason = "cancelled"
+        self._remember(stopped)
+        self._free(stopped)
 
     def _admit(self) -> list[list[_Job]]:
         """Take waiting jobs as far as the limits allow; those with the same beginning stand together."""
@@ -355,6 +395,9 @@ class Engine:
                 continue
             token_id = ids[i] if job.sampler is None else job.sampler.pick(logits[i])
             generation.token_ids.append(token_id)
+            wanted = generation.request.params.logprobs
+            if wanted is not None:
+                generation.logprobs.append(read_logprobs(logits[i], token_id, top=wanted))
             if token_id in job.stop_token_ids:
                 generation.finish_reason = "stop"
             elif len(generation.token_ids) >= generation.max_new_tokens:
@@ -397,8 +440,18 @@ class Engine:
                 job.generation.error = error
         self._free(jobs)
 
-    def _make_job(self, generation: Generation) -> _Job:
-        encoded, params = generation.request.encoded, generation.request.params
+    def _make_job(self, encoded: Encoded, params: SamplingParams) -> _Job:
+        length = len(encoded.input_ids)
+        if length == 0:
+            raise EngineError("an empty prompt cannot be answered; give at least one token")
+        room = self.context_length - length
+        if room < 1:
+            seen = f", {sum(encoded.tokens_per_image)} of them pictures" if encoded.tokens_per_image else ""
+            raise ContextLengthError(
+                f"the prompt has {length} tokens{seen}, and the model's context is {self.context_length}; "
+                "shorten it, drop a picture or start a new conversation"
+            )
+        generation = Generation(self, Request(encoded, params), max_new_tokens=min(params.max_new_tokens, room))
         ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int64)
         pictures = read_pictures(encoded)
         is_image = ids == self._image_token_id

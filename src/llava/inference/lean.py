@@ -154,6 +154,18 @@ class LeanDecoder:
         state = self._cache.read(next(i for i, other in enumerate(self._rows) if other is row), columns=columns)
         return Stored(state, columns, state.nbytes)
 
+    def fork(self, source: int, target: int) -> None:
+        row = self._row_of[source]
+        assert row.made == 1, "only a branch with a row to itself is copied"
+        self._layout = None
+        self._cache.reserve(len(self._rows) + 1, row.columns, used=len(self._rows))
+        index = next(i for i, other in enumerate(self._rows) if other is row)
+        self._cache.copy_row(index, len(self._rows), columns=row.columns)
+        copied = Row(columns=row.columns, prefix=row.prefix, made=1)
+        copied.branches[target] = Branch(number=1, length=row.branches[source].length)
+        self._rows.append(copied)
+        self._row_of[target] = copied
+
     def free(self, branches: Sequence[int]) -> None:
         for branch in branches:
             row = self._row_of.pop(branch, None)

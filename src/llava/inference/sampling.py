@@ -2,7 +2,7 @@
 
 The order is the one of transformers' `generate`: repetition penalty, temperature, top-k, top-p, min-p, each over what
 the one before left. Every request draws from a generator of its own, so that its answer does not depend on what else
-is in the batch. Not covered: beam search, logprobs.
+is in the batch. Beam search is in beams.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class SamplingParams:
     all. min_p: among tokens at least this fraction as likely as the likeliest. repetition_penalty: logits of tokens
     already in the prompt or answer are divided (or, below 0, multiplied) by it. seed: None draws one.
     stop_token_ids: the answer ends with the first of these, which is its last token.
+    logprobs: None for none; k records with each token its log-probability and those of the k likeliest tokens, all
+    from the model's own distribution, before temperature and filters.
     """
 
     temperature: float = 0.0
@@ -42,6 +44,7 @@ class SamplingParams:
     seed: int | None = None
     max_new_tokens: int = 512
     stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, low=0.0, high=100.0)
@@ -50,6 +53,8 @@ class SamplingParams:
         _check_number("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, above=True)
         _check_integer("top_k", self.top_k, low=0, high=2**31)
         _check_integer("max_new_tokens", self.max_new_tokens, low=1, high=2**31)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, low=0, high=100)
         if self.seed is not None:
             _check_integer("seed", self.seed, low=-_MAX_SEED, high=_MAX_SEED)
         for token_id in self.stop_token_ids:
@@ -64,6 +69,15 @@ class SamplingParams:
     def plain(self) -> bool:
         """Whether the argmax of the raw logits is the answer, so that a whole batch can be picked at once."""
         return self.greedy and self.repetition_penalty == 1.0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at one place of an answer: the token taken, and the likeliest ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -90,6 +104,13 @@ class Sampler:
         if self._seen is not None:
             self._seen.add(token_id)
         return token_id
+
+
+def read_logprobs(logits: Tensor, token_id: int, *, top: int) -> TokenLogprobs:
+    """Log-probabilities of a token and of the `top` likeliest. logits: (V,) of any floating dtype and device."""
+    every = logits.float().log_softmax(dim=-1)
+    values, ids = every.topk(min(top, len(every)))
+    return TokenLogprobs(token_id, float(every[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def penalise(logits: Tensor, seen: Iterable[int], *, penalty: float) -> Tensor:
