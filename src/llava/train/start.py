@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from llava.checkpoint.load import Loaded, build, load
-from llava.errors import RecipeError
 from llava.prompt.processor import Processor
-from llava.train.sections import Recipe
+from llava.train.picture_mode import with_image_mode
+from llava.train.sections import ModelSection, Recipe
 from llava.train.selection import plan_storage
 
 
@@ -28,7 +28,7 @@ def open_model(recipe: Recipe, *, compute: torch.dtype = torch.float32, device: 
     }
     if wanted.path is not None:
         loaded = load(wanted.path, base=wanted.base, **held)
-        return _with_prompt_settings(loaded, template=wanted.template, image_mode=wanted.image_mode)
+        return _with_prompt_settings(loaded, wanted)
     assert wanted.language_model is not None and wanted.vision_tower is not None  # the recipe's validator saw to it
     choices: dict[str, Any] = {
         "template": wanted.template,
@@ -58,26 +58,14 @@ def added_token_ids(processor: Processor) -> list[int]:
     return [processor.tokenizer.token_id(token) for token in ("<im_start>", "<im_end>")]
 
 
-def _with_prompt_settings(loaded: Loaded, *, template: str | None, image_mode: str | None) -> Loaded:
+def _with_prompt_settings(loaded: Loaded, wanted: ModelSection) -> Loaded:
     """Another template or image mode for an existing model; both are saved with it."""
+    if wanted.image_mode is not None and (
+        wanted.image_mode != loaded.model.config.image_mode or wanted.image_grid_pinpoints is not None
+    ):
+        loaded = with_image_mode(loaded, wanted.image_mode, pinpoints=wanted.image_grid_pinpoints)
     processor, model = loaded.processor, loaded.model
-    if template is not None:
-        processor = processor.with_template(template)
-        model.config = model.config.with_changes(template=template)
-    if image_mode is not None and image_mode != model.config.image_mode:
-        if "anyres" in (image_mode, model.config.image_mode):
-            raise RecipeError(
-                f"model.image_mode: {image_mode!r} changes how many tokens a picture has; build a new model"
-            )
-        processor = Processor(
-            processor.tokenizer,
-            processor.template,
-            image_settings=replace(processor.image_settings, mode=image_mode),  # type: ignore[arg-type]
-            image_token_id=processor.image_token_id,
-            start_end_tokens=processor.start_end_tokens,
-            image_position=processor.image_position,
-            text_after_image=processor.text_after_image,
-            context_length=processor.context_length,
-        )
-        model.config = model.config.with_changes(image_mode=image_mode)
+    if wanted.template is not None:
+        processor = processor.with_template(wanted.template)
+        model.config = model.config.with_changes(template=wanted.template)
     return replace(loaded, processor=processor)
