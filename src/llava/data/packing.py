@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Tree:
     """Conversations with a common beginning. `pictures` are in reading order of the tree's tokens.
 
     prefix_ids: (P,), never supervised; pixel_values: (N, 3, H, W); image_sizes, tiles_per_image: one entry a picture.
+    picture_numbers: equal numbers are equal pictures, among the trees that `number_pictures` was given together.
     """
 
     prefix_ids: Ids
@@ -41,6 +42,12 @@ class Tree:
     pixel_values: NDArray[np.float32]
     image_sizes: tuple[tuple[int, int], ...]
     tiles_per_image: tuple[int, ...]
+    picture_numbers: tuple[int, ...] | None = None
+
+    @property
+    def pictures(self) -> list[NDArray[np.float32]]:
+        """The tiles of each picture, (n, 3, H, W)."""
+        return np.split(self.pixel_values, np.cumsum(self.tiles_per_image)[:-1]) if self.tiles_per_image else []
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +100,28 @@ def fit_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         if room - lengths[item] > 0:
             insort(free, (room - lengths[item], row))
     return rows
+
+
+def number_pictures(trees: Sequence[Tree]) -> list[Tree]:
+    """The same trees, their pictures numbered from 0: equal original size and equal pixels are one picture.
+
+    So that a picture is encoded once although its conversations fill several trees, or stand in several groups.
+    """
+    known: dict[object, list[tuple[int, NDArray[np.float32]]]] = {}
+    count = 0
+    numbered = []
+    for tree in trees:
+        numbers = []
+        for picture, size in zip(tree.pictures, tree.image_sizes, strict=True):
+            # a thousandth of the pixels tells pictures apart but for their copies; those are compared as a whole
+            alike = known.setdefault((size, picture.shape, picture.ravel()[::997].tobytes()), [])
+            number = next((n for n, other in alike if np.array_equal(picture, other)), None)
+            if number is None:
+                number, count = count, count + 1
+                alike.append((number, picture))
+            numbers.append(number)
+        numbered.append(replace(tree, picture_numbers=tuple(numbers)))
+    return numbered
 
 
 def _single(conversation: Encoded) -> Tree:

@@ -86,24 +86,28 @@ class Llava(nn.Module):
 
     def encode_images(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         *,
         image_sizes: Sequence[tuple[int, int]] = (),
         tiles_per_image: Sequence[int] = (),
+        tower_features: Tensor | None = None,
     ) -> list[Tensor]:
         """Features of each picture, as they stand in the token row.
 
         pixel_values: (N, 3, H, W), all tiles of all pictures in reading order; image_sizes: the pictures' original
-        (height, width); tiles_per_image: how many of the N tiles each picture has (one each when not given).
+        (height, width); tiles_per_image: how many of the N tiles each picture has (one each when not given);
+        tower_features: (N, P, Dv), what `encode_tower` gave for them, instead of pixel_values.
         Returns one (F_i, D) tensor a picture. Raises PromptError when the counts disagree.
         """
-        counts = list(tiles_per_image) or [1] * pixel_values.shape[0]
-        if sum(counts) != pixel_values.shape[0]:
+        given = pixel_values if tower_features is None else tower_features
+        assert given is not None, "neither pixels nor features"
+        counts = list(tiles_per_image) or [1] * given.shape[0]
+        if sum(counts) != given.shape[0]:
             raise PromptError(
-                f"{pixel_values.shape[0]} tiles, but tiles_per_image {counts} sums to {sum(counts)}; "
+                f"{given.shape[0]} tiles, but tiles_per_image {counts} sums to {sum(counts)}; "
                 "pass the processor's values together"
             )
-        features = self.encode_tiles(pixel_values)  # (N, P, D)
+        features = self.project(self.encode_tower(given) if tower_features is None else tower_features)  # (N, P, D)
         if self.config.merge_type == "flat":
             return [tiles.flatten(0, 1) for tiles in torch.split(features, counts)]
         if len(image_sizes) != len(counts):
@@ -117,12 +121,19 @@ class Llava(nn.Module):
 
     def encode_tiles(self, pixel_values: Tensor) -> Tensor:
         """Projected features of each tile, (N, 3, H, W) to (N, P, D)."""
-        features = select_features(
+        return self.project(self.encode_tower(pixel_values))
+
+    def encode_tower(self, pixel_values: Tensor) -> Tensor:
+        """The tower's features of each tile, (N, 3, H, W) to (N, P, Dv)."""
+        return select_features(
             self.vision_tower,
             pixel_values.to(self.device),
             layer=self.config.vision_feature_layer,
             skipped_tokens=self.config.skipped_tokens,
         )
+
+    def project(self, features: Tensor) -> Tensor:
+        """The projector on the tower's features, (N, P, Dv) to (N, P, D)."""
         for parameter in self.multi_modal_projector.parameters():
             if parameter.is_floating_point():  # 4 bit weights are bytes
                 features = features.to(parameter.dtype)

@@ -36,7 +36,8 @@ class StepRecord:
     loss: mean over the step's answer tokens; learning_rate: of the first group; grad_norm: before clipping;
     tokens: without padding, positions: with it; seconds: of the step itself; waited_seconds: for the loader before it;
     skipped: the weights were left alone because the gradient was not finite; overflowed: because float16's loss scale
-        was too high, which is no fault of the data; tiles, pairs: what went through, as in llava.train.throughput.Work.
+        was too high, which is no fault of the data; tiles, pairs: what went through, as in llava.train.throughput.Work;
+    dropped, truncated, bad: conversations left out as too long, cut to fit, and left out as of no use.
     """
 
     step: int
@@ -55,6 +56,8 @@ class StepRecord:
     overflowed: bool = False
     tiles: int = 0
     pairs: int = 0
+    truncated: int = 0
+    bad: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +77,8 @@ class _Totals:
     tokens: int
     positions: int
     dropped: int
+    truncated: int
+    bad: int
     with_pictures: int
     tiles: int
     pairs: int
@@ -88,6 +93,8 @@ class _Totals:
             work.tokens,
             sum(batch.input_ids.numel() for batch in step.micro_batches),
             step.dropped,
+            step.truncated,
+            len(step.bad),
             sum(batch.pixel_values is not None for batch in batches),
             work.tiles,
             work.pairs,
@@ -147,6 +154,7 @@ class Trainer:
         batches = [batch for batch in step.micro_batches if batch.num_answer_tokens]
         totals = _Totals.of(step, batches)
         answer_tokens = totals.answer_tokens
+        self.parallel.step_loss.pictures.begin_step(batches)
         summed = self._accumulate(batches, answer_tokens, count=totals.micro_batches) if answer_tokens else 0.0
         loss = summed / max(answer_tokens, 1)
         self.guard.unscale(self._trained)
@@ -171,6 +179,8 @@ class Trainer:
             answer_tokens=answer_tokens,
             conversations=len(step.conversations),
             dropped=totals.dropped,
+            truncated=totals.truncated,
+            bad=totals.bad,
             seconds=time.perf_counter() - started,
             waited_seconds=waited_seconds,
             skipped=verdict != "good" or not answer_tokens,

@@ -15,6 +15,7 @@ from llava.data.loader import Loader
 from llava.data.sources import ConversationSet
 from llava.distributed import pick_device, pick_dtype, refuse_difference
 from llava.errors import RecipeError
+from llava.train.feature_choice import open_feature_cache
 from llava.train.feeding import build_loader
 from llava.train.feeding import open_conversations as open_conversations
 from llava.train.journal import naming_unsaved
@@ -86,7 +87,14 @@ def prepare_run(recipe: Recipe) -> Prepared:
     loader = build_loader(recipe, loaded, conversations, out_dir=out_dir)
     first = loader.make(0)
     recomputed = apply_recomputation(recipe, loaded.model, first.micro_batches, device=device, dtype=dtype)
+    visits = loader.plan.epoch_at(loader.plan.total_steps - 1) if loader.plan.total_steps else 0.0
+    features = open_feature_cache(
+        recipe, loaded.model, first.micro_batches, visits=visits, out_dir=out_dir, dtype=dtype
+    )
+    if features is not None:
+        loader.key_pictures()
     parallel = spread_model(recipe, loaded.model, device=device, dtype=dtype)
+    parallel.step_loss.pictures.cache = features
     trainer = Trainer(
         loaded.model,
         optim=recipe.optim,

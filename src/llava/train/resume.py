@@ -40,6 +40,7 @@ FREE_TO_CHANGE = {
     ("run", "cpu_offload"),
     ("run", "activation_checkpointing"),
     ("run", "feature_cache"),
+    ("run", "feature_cache_gb"),
     ("run", "track"),
     ("run", "micro_batch_tokens"),
     ("run", "log_every"),

@@ -47,10 +47,10 @@ class ModelSection(Section):
         default=None, description="The tower's hidden state to read; only for a new model."
     )
     image_mode: Literal["pad", "crop", "squash", "anyres"] | None = Field(
-        default=None, description="How a picture is brought to the tower's size; only for a new model."
+        default=None, description="How a picture is brought to the tower's size, of an existing model too."
     )
     image_grid_pinpoints: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = Field(
-        default=None, description="Sizes (height, width) that an anyres picture is laid out in; only for a new model."
+        default=None, description="Sizes (height, width) that an anyres picture is laid out in, with image_mode anyres."
     )
     start_end_tokens: bool | None = Field(
         default=None, description="Wrap pictures in <im_start> and <im_end> (LLaVA v0); only for a new model."
@@ -223,8 +223,13 @@ class RunSection(Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
         default="auto", description="Recompute activations in the backward pass; auto: only as far as memory asks for."
     )
-    feature_cache: str | None = Field(
-        default=None, description="A folder for a frozen tower's features, so that later epochs do not encode again."
+    feature_cache: str = Field(
+        default="auto",
+        description="Where a frozen tower's features are kept for later epochs: a folder, off, or auto: in the run's "
+        "folder while it runs, where that saves at least a twentieth of the work.",
+    )
+    feature_cache_gb: Annotated[float, Field(gt=0)] = Field(
+        default=50.0, description="The most that the feature cache takes of the disk."
     )
     track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="Where metrics go besides metrics.jsonl."

@@ -19,6 +19,7 @@ from llava.model.llava import Llava
 from llava.model.tree_support import Way, enable_tree_attention, find_tree_support
 from llava.prompt.processor import IGNORE_LABEL
 from llava.train.loss import answer_loss
+from llava.train.picture_features import PictureFeatures
 
 _BLANK_TOKENS = 8
 
@@ -31,6 +32,7 @@ class StepLoss(nn.Module):
         super().__init__()
         self.model = model
         self.with_all_parts = with_all_parts
+        self.pictures = PictureFeatures(model)
         self._dtype = dtype
         # the fastest way that is exact for this family; a test may set another
         self.way: Way = find_tree_support(model.language_model).way
@@ -60,11 +62,7 @@ class StepLoss(nn.Module):
             # Added here and not to the loss: the backward pass then takes the same way through a frozen language
             # model as it does on a process that has pictures.
             return embeddings + model.touch_vision() if self.with_all_parts else embeddings
-        features = torch.cat(
-            model.encode_images(
-                batch.pixel_values, image_sizes=batch.image_sizes, tiles_per_image=batch.tiles_per_image
-            )
-        )
+        features = torch.cat(self.pictures.of(batch))
         if self.with_all_parts and model.image_newline is not None:
             features = features + 0 * model.image_newline.sum()  # not every way of merging tiles uses it
         return model.embed(batch.input_ids, features)
