@@ -112,3 +112,41 @@ def test_convert_leaves_bad_records_out_when_asked_and_names_them(
     printed = capsys.readouterr()
     assert "left out: in.jsonl:2: " in printed.err
     assert "wrote 1 records to out.json (llava); left out 1" in printed.out
+
+
+def test_check_reads_what_a_recipe_reads_with_its_limits(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path, "Red.", "Blue.", "Green " * 30)
+    (tmp_path / "mine.yaml").write_text(
+        f"model: {{path: {model}}}\ndata: {{files: [{data}], max_tokens: 80}}\noptim: {{learning_rate: 1e-3}}\n"
+    )
+    assert main(["data", "check", "--recipe", "mine.yaml", "data.conversations_per_tree=2"]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "A run would stop at the first of 1 conversations over data.max_tokens=80" in printed
+    assert main(["data", "check", "--recipe", "mine.yaml", "data.too_long=drop"]) == 0
+    written = json.loads((tmp_path / "data-check" / "check.json").read_text())
+    assert written["limits"]["max_tokens"] == 80
+    assert written["kinds"] == {"left out": 1}
+    assert written["model"] == str(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["check"], "name a file to check"),
+        (["check", "none.json"], "none.json: cannot be read"),
+        (["check", "mix.json", "--template", "plain"], "only with --model"),
+        (["check", "--recipe", "none"], "no shipped recipe"),
+        (["show", "none.json"], "none.json: cannot be read"),
+        (["convert", "none.json", "out.json"], "none.json: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path, "Red.")
+    assert main(["data", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.count("\n") == 1

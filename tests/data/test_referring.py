@@ -53,6 +53,17 @@ def test_a_task_and_the_number_of_wordings_can_be_chosen(tmp_path: Path) -> None
     assert record["conversations"][0]["value"] == "[identify] {<6><6><32><39>}\n<image>"
 
 
+def test_a_limit_draws_the_same_records_each_time_and_keeps_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{**TRAIN[0], "id": str(n)} for n in range(20)]))
+    some = read(path, task="refer", limit="30")
+    assert some == read(path, task="refer", limit="30")
+    assert len(some) == 30
+    assert [int(record["id"]) for record in some] == sorted(int(record["id"]) for record in some)
+    assert some != read(path, task="refer", limit="30", seed="1")
+    assert len(read(path, task="refer", limit="70000")) == 140
+
+
 @pytest.mark.parametrize(
     ("box", "size", "corners"),
     [

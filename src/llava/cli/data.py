@@ -24,7 +24,12 @@ def _data() -> None:
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Conversation files, of any format.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE...", help="Conversation files; key=value with --recipe.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Check all that a recipe reads, with its model and limits, instead of files.")
+    ] = None,
     images: _Images = None,
     model: _Model = None,
     template: _Template = None,
@@ -47,14 +52,17 @@ def check(
 
     from PIL.Image import DecompressionBombWarning
 
-    from llava.cli.data_opening import open_files
+    from llava.cli.data_opening import open_files, open_recipe
     from llava.cli.data_tables import finding_lines, make_console, print_report, verdict
     from llava.data.check import check_conversations
     from llava.data.check_report import write_page
 
     # The picture reader has limits of its own, and names the record; Pillow's warning does not.
     warnings.filterwarnings("ignore", category=DecompressionBombWarning)
-    opened = open_files(files, images=images, model=model, template=template, max_tokens=max_tokens)
+    if recipe is not None:
+        opened = open_recipe(recipe, files or [], model=model, template=template, max_tokens=max_tokens)
+    else:
+        opened = open_files(files or [], images=images, model=model, template=template, max_tokens=max_tokens)
     begun = time.monotonic()
     with _progress("checking") as tell:
         report = check_conversations(
@@ -91,7 +99,7 @@ def check(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A file of conversations, of any format.")],
+    file: Annotated[str, typer.Argument(help="A file of conversations, of any format.")],
     number: Annotated[int, typer.Argument(metavar="N", help="The record's number, counted from 0.")] = 0,
     line: Annotated[int | None, typer.Option(min=1, help="Instead of N: the record at this line of the file.")] = None,
     images: _Images = None,

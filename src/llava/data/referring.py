@@ -13,7 +13,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,44 @@ class Phrase:
 
 
 def read_referring(
-    path: Path, *, task: str = "both", wordings: str = "7", split: str = "train", refs: str = ""
+    path: Path,
+    *,
+    task: str = "both",
+    wordings: str = "7",
+    split: str = "train",
+    refs: str = "",
+    limit: str = "",
+    seed: str = "0",
 ) -> Iterator[tuple[str, Any]]:
     """(origin, LLaVA record) of each phrase in each wording.
 
     task: refer, identify or both. wordings: how many of the seven, the first ones. split, refs: of an authors' folder,
-    and which of its refs files ("unc", "umd", "google") where there are several.
+    and which of its refs files ("unc", "umd", "google") where there are several. limit: at most so many records,
+    drawn at random from `seed` and left in their order (XTuner mixes 70,000 of each task into its stage 2).
     """
     tasks = ["refer", "identify"] if task == "both" else [task]
     if not set(tasks) <= set(_TASKS):
         raise UsageError(f"task={task}: one of refer, identify, both")
     if wordings not in map(str, range(1, 8)):
         raise UsageError(f"wordings={wordings}: a number from 1 to 7")
-    phrases = _read_refs(path, split, refs) if path.is_dir() else _read_json(path)
+    phrases = list(_read_refs(path, split, refs) if path.is_dir() else _read_json(path))
+    records = _write(phrases, tasks, int(wordings))
+    if not limit:
+        yield from records
+        return
+    if not limit.isdigit() or not seed.isdigit():
+        raise UsageError(f"limit={limit} seed={seed}: whole numbers")
+    total = len(phrases) * len(tasks) * int(wordings)
+    chosen = set(random.Random(int(seed)).sample(range(total), min(int(limit), total)))
+    yield from (record for number, record in enumerate(records) if number in chosen)
+
+
+def _write(phrases: Sequence[Phrase], tasks: Sequence[str], wordings: int) -> Iterator[tuple[str, Any]]:
     for phrase in phrases:
         box = "{" + "".join(f"<{side}>" for side in phrase.box) + "}"
         for name in tasks:
             texts, from_box = _TASKS[name]
-            for text in texts[: int(wordings)]:
+            for text in texts[:wordings]:
                 asked = text.format(box if from_box else phrase.words) + "\n<image>"
                 told = phrase.words if from_box else box
                 turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
