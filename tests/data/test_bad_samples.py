@@ -1,4 +1,4 @@
-"""Bad samples: counted once each, listed, capped, the same after a resume; what is known at the start is said at once."""
+"""Bad samples: counted once each, listed, capped, the same after a resume; what is known at the start is said."""
 
 import json
 import logging
@@ -159,7 +159,8 @@ def test_a_whole_corpus_of_bad_samples_is_listed_to_the_last(tmp_path: Path) -> 
         {"conversations": [{"from": "human", "value": "\ud800"}, {"from": "gpt", "value": "b"}]},
         {**record(), "image": 3}, {**record(), "image": ["good.png", "other.png"]}, {**record(), "image": None},
         {**record(), "image": {"path": 3}}, {"messages": []}, {"messages": "x"}, {"messages": [1]},
-        {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
         {**record(), "videos": ["a.mp4"], "images": ["good.png"]},
     ]  # fmt: skip
     (tmp_path / "empty.png").touch()

@@ -51,8 +51,9 @@ def describe_step(record: StepRecord, meter: Meter | None = None) -> dict[str, A
     if meter is not None:
         line["mfu"] = round(meter.mfu(record), 4)
         line["memory_gib"] = round(meter.memory() / 2**30, 3)
-    if record.dropped:
-        line["dropped"] = record.dropped
+    for name, count in (("dropped", record.dropped), ("truncated", record.truncated), ("bad", record.bad)):
+        if count:
+            line[name] = count
     if record.skipped:
         line["skipped"] = True
     if record.overflowed:

@@ -28,6 +28,7 @@ import llava
 from llava.data.sources import iterate_origins
 from llava.distributed import any_process, joined, pick_device, process_count, process_number, share_object
 from llava.errors import TrainingError
+from llava.train.feeding import BAD_SAMPLES
 from llava.train.journal import Journal, UnsavedError, naming_unsaved, read_lines, write_durably
 from llava.train.loop import StepRecord
 from llava.train.meter import Meter
@@ -149,6 +150,8 @@ def _train(prepared: Prepared, watcher: Watcher) -> float | None:
     journals.sync()
     if guard.bad_steps:
         _log.warning("%d steps were skipped: not finite; see %s", guard.bad_steps, journals.bad_steps.path)
+    if bad := len(loader.bad_samples):
+        _log.warning("%d conversations could not be used; see %s", bad, prepared.out_dir / BAD_SAMPLES)
     return loss
 
 
@@ -290,6 +293,7 @@ def _describe(prepared: Prepared, *, state: str) -> None:
         "device": str(prepared.trainer.device),
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "data": prepared.conversations.fingerprint,
+        "bad_samples": len(prepared.loader.bad_samples),
         "parts": [vars(summary) for summary in prepared.summaries],
         "recipe": recipe.model_dump(mode="json"),
     }
