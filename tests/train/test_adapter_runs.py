@@ -216,3 +216,66 @@ def test_a_frozen_language_model_keeps_its_own_bits_whatever_it_is_computed_in(w
     name = "model.layers.0.mlp.up_proj.weight"
     saved = load_file(out / "model.safetensors")[f"language_model.{name}"]
     assert torch.equal(saved, load_file(world / "language_model" / "model.safetensors")[name])
+
+
+QLORA = ("tune.language_model=qlora", *LORA[1:])
+
+
+@needs_bitsandbytes
+def test_a_qlora_run_with_a_towers_lora_merges_into_the_bases_own_weights(world: Path, tmp_path: Path) -> None:
+    """XTuner's promoted recipe, small: NF4 language model with LoRA, LoRA on the tower, the projector in full."""
+    recipe = make_recipe(world, tmp_path / "run", *QLORA, *TOWER_LORA)
+    prepared = prepare_run(recipe)
+    assert "nf4" in prepared.summaries[2].held_in
+    packed = prepared.loaded.model.get_parameter("language_model.model.layers.0.mlp.up_proj.base_layer.weight")
+    assert packed.dtype == torch.uint8 and packed.quant_state.nested, "NF4 with double quantisation"  # type: ignore[attr-defined]
+    out = run_recipe(recipe).out_dir
+    beside, merged = open_float32(out, merge_lora=False), open_float32(out)
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for _, layer in lora_layers(beside.model))
+    assert_close(scores(beside), scores(merged))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sample_answers_do_not_take_a_packed_models_gradients(world: Path, tmp_path: Path, dtype: str) -> None:
+    samples = ("run.sample_every=1", f"run.sample_images=[{world}/images/0.png]", "run.sample_questions=['Colour?']")
+    plain = run_recipe(make_recipe(world, tmp_path / "plain", *QLORA, dtype=dtype)).out_dir
+    sampled = run_recipe(make_recipe(world, tmp_path / "sampled", *QLORA, *samples, dtype=dtype)).out_dir
+    assert len((sampled / "samples.jsonl").read_text().splitlines()) >= 2
+    for name in ("adapter_model.safetensors",):
+        assert (plain / name).read_bytes() == (sampled / name).read_bytes()
+
+
+@needs_bitsandbytes
+def test_a_stage_1_run_on_a_packed_language_model_leaves_a_whole_model(world: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = run_recipe(make_recipe(world, tmp_path / "run", "tune.language_model=frozen_4bit")).out_dir
+    name = "model.layers.0.mlp.up_proj.weight"
+    saved = load_file(out / "model.safetensors")[f"language_model.{name}"]
+    assert torch.equal(saved, load_file(world / "language_model" / "model.safetensors")[name])
+    start = f"model={{path: {out}}}"
+    second = run_recipe(make_recipe(world, tmp_path / "second", start, *QLORA)).out_dir
+    assert_close(scores(open_float32(second, merge_lora=False)), scores(open_float32(second)))
+
+
+@needs_bitsandbytes
+def test_a_stopped_qlora_run_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> None:
+    whole = run_recipe(make_recipe(world, tmp_path / "whole", *QLORA)).out_dir
+    recipe = make_recipe(world, tmp_path / "cut", *QLORA)
+    with pytest.raises(RunStoppedError):
+        run_recipe(recipe, watcher=StopAfter(1))
+    cut = run_recipe(recipe).out_dir
+    assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_bfloat16_lora_run_trains_float32_adapters_and_answers_meanwhile(world: Path, tmp_path: Path) -> None:
+    samples = ("run.sample_every=1", f"run.sample_images=[{world}/images/0.png]", "run.sample_questions=['Colour?']")
+    recipe = make_recipe(world, tmp_path / "run", *LORA, *samples, dtype="bfloat16")
+    summary = prepare_run(recipe).summaries[2]
+    assert summary.held_in == "bfloat16, float32"
+    out = run_recipe(recipe).out_dir
+    assert (out / "samples.jsonl").read_text()
+    assert {p.dtype for n, p in open_float32(out, merge_lora=False).model.named_parameters() if "lora" in n} == {
+        torch.float32
+    }

@@ -91,6 +91,13 @@ def has_lost_its_gradient(layer: nn.Module) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
+def would_lose_its_gradient(layer: nn.Module) -> bool:
+    """Whether a forward pass without gradients, on the CPU, would bring a packed layer into that form."""
+    return hasattr(layer._parameters.get("weight"), "quant_state") and bool(
+        getattr(layer, "support_avx512bf16_for_cpu", False)
+    )
+
+
 def unpacked_numel(parameter: Tensor) -> int:
     """How many numbers a parameter stands for: a 4 bit one holds two in each of its bytes."""
     state = getattr(parameter, "quant_state", None)

@@ -53,7 +53,9 @@ def is_lean(language_model: Any) -> bool:
     )
     rotation = getattr(language_model.model.rotary_emb, "rope_type", "default")
     devices = {parameter.device for parameter in language_model.parameters()}
-    return not has_window and rotation in _LEAN_ROTATIONS and len(devices) == 1
+    # under autocast (a model that is asked while it trains) formats change from layer to layer; here they may not
+    one_format = not any(torch.is_autocast_enabled(device.type) for device in devices)
+    return not has_window and rotation in _LEAN_ROTATIONS and len(devices) == 1 and one_format
 
 
 class LeanDecoder:

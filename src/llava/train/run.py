@@ -247,7 +247,14 @@ def _sample(prepared: Prepared, step: int, watcher: Watcher, journal: Journal) -
         _log.warning("%s", reason)
         return
     images = [Path(name) for name in run.sample_images]
-    samples = answer_samples(loaded.model, loaded.processor, step=step, images=images, questions=run.sample_questions)
+    samples = answer_samples(
+        loaded.model,
+        loaded.processor,
+        step=step,
+        images=images,
+        questions=run.sample_questions,
+        compute=prepared.dtype,
+    )
     for sample in samples:
         watcher.sampled(sample)
         journal.write({"step": step, "image": str(sample.image), "question": sample.question, "answer": sample.answer})

@@ -10,12 +10,17 @@ import html
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llava.checkpoint.quantised import would_lose_its_gradient
 from llava.errors import ImageError
 from llava.inference.engine import Engine, Request
 from llava.inference.sampling import SamplingParams
+from llava.model.added_rows import write_added_rows
 from llava.model.llava import Llava
 from llava.prompt.conversation import Conversation, Image, Message, Text
 from llava.prompt.decoding import decode_image
@@ -31,19 +36,27 @@ def why_not_now(model: Llava) -> str | None:
     """Why this model must not be asked while it trains; None when it may.
 
     A forward pass without gradients over 4-bit weights on a CPU repacks them for answering, and from then on
-    bitsandbytes' backward pass gives adapters no gradient, without an error.
+    bitsandbytes' backward pass gives adapters no gradient, without an error. Layers packed for training never do that.
     """
-    if model.device.type != "cpu":
-        return None
-    if any(type(p).__name__ == "Params4bit" for p in model.parameters()):
+    if model.device.type == "cpu" and any(would_lose_its_gradient(module) for module in model.modules()):
         return "asking a model with 4-bit weights on a CPU would end its learning; no sample answers are made"
     return None
 
 
 def answer_samples(
-    model: Llava, processor: Processor, *, step: int, images: Sequence[Path], questions: Sequence[str]
+    model: Llava,
+    processor: Processor,
+    *,
+    step: int,
+    images: Sequence[Path],
+    questions: Sequence[str],
+    compute: torch.dtype = torch.float32,
 ) -> list[Sample]:
-    """Greedy answers to every question about every picture. Leaves the model in the mode in which it found it."""
+    """Greedy answers to every question about every picture. Leaves the model in the mode in which it found it.
+
+    compute: the format of matrix products in training; weights that do not move may be held in it.
+    """
+    write_added_rows(model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -57,7 +70,8 @@ def answer_samples(
             )
             for image, question in asked
         ]
-        completions = Engine(model).generate(requests)
+        with torch.autocast(model.device.type, compute) if compute != torch.float32 else nullcontext():
+            completions = Engine(model).generate(requests)
     finally:
         for module, training in modes.items():
             module.training = training
