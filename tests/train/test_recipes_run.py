@@ -17,6 +17,7 @@ from PIL import Image
 from llava.checkpoint.load import load
 from llava.model.llava import Llava
 from llava.train.metrics import read_metrics
+from llava.train.prepare import open_model, prepare_run
 from llava.train.recipe import load_recipe, shipped_recipes
 from llava.train.run import run_recipe
 from llava.train.sections import Recipe
@@ -75,6 +76,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     text = [{"from": "human", "value": "Name a prime."}, {"from": "gpt", "value": "Seven."}]
     records.insert(1, {"id": "text", "conversations": text})
     (folder / "mix.json").write_text(json.dumps(records))
+    for record in records:
+        first, second = record.pop("conversations")
+        record["conversations"] = [[first["value"], second["value"]]]
+    (folder / "pairs.json").write_text(json.dumps(records))
     yield folder
     shutil.rmtree(folder)
 
@@ -113,7 +118,7 @@ def tiny(name: str, world: Path) -> Recipe:
     recipe = load_recipe(name)
     model = recipe.model
     plain = recipe.data.template == "plain"
-    file = world / ("captions.json" if plain else "mix.json")
+    file = world / ("captions.json" if plain else "pairs.json" if name.startswith("paddlemix") else "mix.json")
     changes = [
         f"data.images={world}/images",
         "data.workers=0",
@@ -155,8 +160,6 @@ def ran(name: str, world: Path) -> Path:
 
 def start_of(recipe: Recipe) -> Llava:
     """The model that the run started from; a new one's projector is not comparable."""
-    from llava.train.prepare import open_model
-
     return open_model(recipe).model
 
 
@@ -191,6 +194,43 @@ def test_a_recipe_takes_two_steps_and_moves_what_it_says(
             assert moved, part
     if recipe.model.image_mode == "anyres":
         assert not torch.equal(before["image_newline"], after["image_newline"])
+
+
+@pytest.mark.parametrize("order", ["grouped_by_length", "file"])
+def test_a_recipe_takes_the_originals_batches_when_asked(order: str, world: Path) -> None:
+    recipe = tiny("llava-v1.5-7b-instruct", world)
+    changed = {
+        "data": recipe.data.model_copy(update={"order": order, "group_by_picture": False}),
+        "run": recipe.run.model_copy(update={"out": f"{world}/{order}"}),
+    }
+    plan = prepare_run(recipe.model_copy(update=changed)).loader.plan
+    first, second = ([n for group in plan.groups_of(step) for n in group] for step in (0, 1))
+    if order == "file":
+        assert (first, second) == ([0, 1], [2, 3])
+    else:  # the second record is text: it waits for the merged steps at the end
+        assert len(first) == 2
+        assert 1 not in first
+
+
+def test_adapters_that_begin_to_look_at_tiles_keep_their_newline(world: Path) -> None:
+    align = ran("llava-v1.6-7b-align", world)
+    recipe = load_recipe(
+        "llava-v1.5-7b-lora",
+        [
+            f"model={{path: {align}, image_mode: anyres, image_grid_pinpoints: [[32, 16], [16, 32]]}}",
+            f"data={{files: [{world}/mix.json], images: {world}/images, workers: 0}}",
+            "optim.batch_conversations=2",
+            "optim.max_steps=2",
+            f"run={{out: {world}/tiles-lora, device: cpu, dtype: float32}}",
+        ],
+    )
+    fresh = start_of(recipe).image_newline
+    run_recipe(recipe)
+    opened = load(world / "tiles-lora", device="cpu", dtype="float32").model
+    assert opened.config.image_mode == "anyres"
+    assert opened.image_newline is not None
+    assert fresh is not None
+    assert not torch.equal(opened.image_newline, fresh)
 
 
 def test_every_recipe_has_a_run_and_the_quick_ones_exist() -> None:
