@@ -39,7 +39,7 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("llava.cli.chat:chat", "Talk with a model about pictures, or ask one question and leave."),
     "train": Command("llava.cli.train:train", "Train a model as a recipe says; run it again to resume."),
     "recipe": Command("llava.cli.recipe:app", "List, show and explain training recipes."),
-    "data": Command("llava.cli.data:app", "Check a data set before hours are spent on it."),
+    "data": Command("llava.cli.data:app", "Check, show and convert data sets."),
     "convert": Command("llava.cli.convert:convert", "Write a model in another layout, compared tensor by tensor."),
     "model": Command("llava.cli.model:app", "Say what a model folder is, and what decided each part of that."),
     "doctor": Command("llava.cli.doctor:doctor", "Say what this machine offers, what is missing and how to get it."),
