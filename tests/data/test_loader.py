@@ -1,5 +1,9 @@
 """The plan is arithmetic; the loader only follows it."""
 
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -161,3 +165,75 @@ def test_a_plan_of_like_lengths_and_one_in_file_order_follow_their_order() -> No
     in_order = StepPlan(make_groups([1] * 6), 4, 0, order="file", epochs=2.0)
     first = [(0,), (1,), (2,), (3,)]
     assert [in_order.groups_of(step) for step in (0, 1, 2)] == [first, [(4,), (5,)], first]
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("llava-loader")]
+
+
+def test_threads_stop_at_the_next_group_when_nobody_wants_more_steps() -> None:
+    hold, release = threading.Event(), threading.Event()
+    waiting: list[Sequence[int]] = []
+    begun: list[Sequence[int]] = []
+
+    def slow(group: Sequence[int]) -> list[Encoded]:
+        begun.append(group)
+        if hold.is_set():
+            waiting.append(group)
+            release.wait(10)
+        return encode(group)
+
+    loader = make_loader([1] * 600, batch=6, workers=2)
+    loader._encode = slow
+    steps = iter(loader)
+    next(steps)
+    while len(begun) < 6 * 6:  # all that is prepared ahead
+        time.sleep(0.001)
+    hold.set()
+    next(steps)  # makes room for a step more, so that a thread has something to do
+    threading.Timer(0.05, release.set).start()
+    steps.close()  # type: ignore[attr-defined]
+    assert loader_threads() == []
+    assert len(waiting) <= 2, "no thread began another group"
+
+
+def test_ctrl_c_while_a_step_is_prepared_ends_at_once_and_leaves_no_thread() -> None:
+    begun: list[Sequence[int]] = []
+
+    def slow(group: Sequence[int]) -> list[Encoded]:
+        begun.append(group)
+        if len(begun) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return encode(group)
+
+    loader = make_loader([1] * 3000, batch=3000, workers=2)  # a minute's work
+    loader._encode = slow
+    with pytest.raises(KeyboardInterrupt):
+        list(loader)
+    for thread in loader_threads():  # one that was just being started when the signal came
+        thread.join(10)
+    assert loader_threads() == []
+    assert len(begun) < 300
+    assert loader.position == 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_step_that_fails_is_raised_at_its_turn_and_the_steps_before_it_are_handed_out(workers: int) -> None:
+    expected = [step.conversations for step in make_loader([1] * 12, batch=2, epochs=1.0)]
+    poison = expected[3][1]
+
+    def fail(group: Sequence[int]) -> list[Encoded]:
+        if poison in group:
+            raise DataError("too long")
+        return encode(group)
+
+    loader = make_loader([1] * 12, batch=2, epochs=1.0, workers=workers)
+    loader._encode = fail
+    handed = []
+    with pytest.raises(DataError, match="too long"):
+        for step in loader:
+            handed.append(step.conversations)
+    assert handed == expected[:3]
+    assert loader.position == 3
+    assert loader_threads() == []
