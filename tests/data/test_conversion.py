@@ -161,6 +161,7 @@ def test_many_samples_become_several_shards(tmp_path: Path, monkeypatch: pytest.
     convert(records(tmp_path), tmp_path / "shards", to="webdataset")
     assert sorted(file.name for file in (tmp_path / "shards").iterdir()) == ["000000.tar", "000001.tar"]
     assert len(read_conversations(str(tmp_path / "shards" / "{000000..000001}.tar"))) == 3
+    assert convert(tmp_path / "shards", tmp_path / "back.json").records == 3, "a folder of shards is read as one"
 
 
 REFUSED: list[tuple[list[dict[str, Any]], str, str]] = [

@@ -20,7 +20,7 @@ from llava.data.pictures import PictureFolder, is_web_address
 from llava.data.record_files import JsonWriter, ParquetWriter, ShardWriter, Writer
 from llava.data.record_writing import CONVERSATION_KEYS, RECORD_WRITERS, Item, picture_kind
 from llava.data.records import PARSERS, ConversationFile
-from llava.data.source_readers import SOURCE_READERS, detect_reader, read_source
+from llava.data.source_readers import SOURCE_READERS, detect_reader, packed_files, read_source
 from llava.data.sources import FORMATS, read_conversations
 from llava.errors import DataError, ImageError, UsageError, name_nearest
 from llava.prompt.conversation import Conversation, Image, ImageSource, Message, Part
@@ -104,7 +104,8 @@ def read_items(
         raise UsageError(f"--from {read_as}: {name_nearest(read_as, [*FORMATS, *SOURCE_READERS])}")
     if options:
         raise UsageError(f"{', '.join(options)}: only the readers {', '.join(SOURCE_READERS)} take options")
-    file = read_conversations(source, format=read_as)
+    packed = packed_files(source) if source.is_dir() else None
+    file = read_conversations(packed or source, format=read_as)
     return _parse_all(read_as if read_as in PARSERS else "auto", _records(file, skipped), skipped)
 
 

@@ -43,5 +43,11 @@ def detect_reader(path: Path) -> str | None:
             return "scienceqa"
         if any(path.glob("refs(*).p")):
             return "refcoco"
-        return "folder"
+        return None if packed_files(path) else "folder"
     return "csv" if path.suffix.lower() in (".csv", ".tsv") else None
+
+
+def packed_files(folder: Path) -> str | None:
+    """The pattern of a folder's tar shards or parquet files; None when it has none."""
+    endings = (ending for ending in ("tar", "parquet") if any(folder.glob(f"*.{ending}")))
+    return next((str(folder / f"*.{ending}") for ending in endings), None)
