@@ -34,8 +34,12 @@ TOWER_LORA = ("tune.vision_tower=lora", "tune.vision_tower_lora.rank=2", "tune.v
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("adapters") / "world")
+
+
+def make_world(folder: Path) -> Path:
     """Two bases, six pictures with two questions each."""
-    folder = tmp_path_factory.mktemp("world")
+    folder.mkdir()
     write_tiny_bases(folder)
     (folder / "images").mkdir()
     records = []

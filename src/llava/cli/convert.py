@@ -64,7 +64,7 @@ def convert(
 
     from llava.checkpoint import convert as conversion
 
-    with _progress() as begin:
+    with progress_of_bytes() as begin:
         report: ConvertReport
         if make_delta:
             assert base is not None
@@ -99,7 +99,7 @@ def _places(places: list[str], delta: str | None) -> tuple[str, str]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int], Callable[[int], None]]]:
+def progress_of_bytes() -> Iterator[Callable[[int], Callable[[int], None]]]:
     """A bar on stderr: `begin(total_bytes)` gives the function that is told of each tensor's bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

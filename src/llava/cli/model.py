@@ -1,4 +1,4 @@
-"""`llava model show PATH`: what a model folder is, what decided each part of that, and what is missing."""
+"""`llava model show PATH`: what a model folder is, and what decided that; `llava model merge PATH --out DIR`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look into a model folder.")
+app = typer.Typer(no_args_is_help=True, help="Look into a model folder; merge adapters.")
 
 
 @app.callback()
@@ -35,6 +35,31 @@ def show(
         _print_end(about)
     if about["problems"]:
         raise typer.Exit(2)
+
+
+@app.command()
+def merge(
+    path: Annotated[str, typer.Argument(help="A folder with adapters: what a run with LoRA left.")],
+    out: Annotated[str, typer.Option("--out", help="The folder to write; it must not exist yet.")],
+    base: Annotated[str | None, typer.Option(help="The base, where it is not where the folder says.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="The vision tower's folder.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; without it the base's own format.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where scores are compared: cpu, cuda, ...")] = None,
+) -> None:
+    """Add adapters to their base, write one whole model, and compare its scores with those of base and adapters.
+
+    The model opens in `llava chat`, stock transformers, vLLM and SGLang.
+    """
+    from llava.checkpoint.merging import merge as merge_adapters
+    from llava.cli.convert import progress_of_bytes
+
+    with progress_of_bytes() as begin:
+        report = merge_adapters(
+            path, out, base=base, vision_tower=vision_tower, dtype=dtype, device=device, begin=begin
+        )
+    print(report)
 
 
 def describe(path: str, *, base: str | None = None, vision_tower: str | None = None) -> dict[str, Any]:
