@@ -116,5 +116,5 @@ def test_the_index_numbers_sets_of_pictures(folder: Path) -> None:
     index = builder.done()
     assert list(index.sets) == [1, 0, 2, 2, 3, 1]
     assert list(index.first) == [0, 2, 4]
-    assert index.unusable == {3}
+    assert [index.is_missing(number) for number in range(4)] == [False, False, False, True]
     assert len({index.key(1), index.key(2), index.key(3)}) == 3

@@ -163,3 +163,17 @@ def test_the_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     again = ConversationSet([read_conversations(write_lines(tmp_path / "b.jsonl", [record("A?")]))]).fingerprint
     other = ConversationSet([read_conversations(write_lines(tmp_path / "c.jsonl", [record("B?")]))]).fingerprint
     assert first == again != other
+
+
+def test_a_record_costs_a_few_dozen_bytes_of_memory_however_long_it_is(tmp_path: Path) -> None:
+    import tracemalloc
+
+    count = 4000
+    path = write_lines(tmp_path / "a.jsonl", [record("why " * 300, image=f"{n}.png") for n in range(count)])
+    read_conversations(path)  # what is imported and remembered on first use is no cost of a record
+    tracemalloc.start()
+    opened = read_conversations(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(opened) == count
+    assert held / count < 64

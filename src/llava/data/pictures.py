@@ -135,13 +135,18 @@ class PictureIndex:
     """Which records show the same pictures, known without reading them. About 4 bytes a record and 20 a picture.
 
     sets: one entry a record, the number of its set of pictures, 0 for none; keys: 16 bytes a set from number 1 on;
-    first: the first record of each set, from number 1 on; unusable: numbers of sets with a picture that is not there.
+    first: the first record of each set, from number 1 on; missing: one byte a set from number 1 on, 1 when a picture of
+    it is not there.
     """
 
     sets: array[int]
     keys: bytes
     first: array[int]
-    unusable: frozenset[int]
+    missing: bytes
+
+    def is_missing(self, number: int) -> bool:
+        """Whether a picture of a set is known not to be there."""
+        return number > 0 and self.missing[number - 1] == 1
 
     def key(self, number: int) -> bytes:
         return self.keys[(number - 1) * _KEY_BYTES : number * _KEY_BYTES]
@@ -155,7 +160,7 @@ class PictureIndexBuilder:
     _sets: array[int] = field(default_factory=lambda: array("I"))
     _first: array[int] = field(default_factory=lambda: array("I"))
     _numbers: dict[bytes, int] = field(default_factory=dict)
-    _unusable: set[int] = field(default_factory=set)
+    _missing: bytearray = field(default_factory=bytearray)
 
     def add(self, names: Sequence[str], embedded: Mapping[str, bytes] | None = None) -> None:
         """The next record's pictures; `embedded` holds the keys of those whose bytes lie in the file itself."""
@@ -174,12 +179,11 @@ class PictureIndexBuilder:
         number = self._numbers.setdefault(joined, len(self._numbers) + 1)
         if number > len(self._first):
             self._first.append(len(self._sets))
-            if not usable:
-                self._unusable.add(number)
+            self._missing.append(not usable)
         self._sets.append(number)
 
     def done(self) -> PictureIndex:
-        return PictureIndex(self._sets, b"".join(self._numbers), self._first, frozenset(self._unusable))
+        return PictureIndex(self._sets, b"".join(self._numbers), self._first, bytes(self._missing))
 
 
 def key_of_bytes(data: bytes) -> bytes:

@@ -109,6 +109,6 @@ class ConversationFile(Sequence[Conversation], ABC):
 
     def unusable(self) -> Iterator[int]:
         """Records known to be of no use before they are read: what they name is not there, or they are no JSON."""
-        missing = self.picture_index.unusable
-        if missing:
-            yield from (record for record, number in enumerate(self.picture_index.sets) if number in missing)
+        index = self.picture_index
+        if any(index.missing):
+            yield from (record for record, number in enumerate(index.sets) if index.is_missing(number))

@@ -6,8 +6,8 @@ digest of all that decides the tokens (tokenizer, template, picture settings, li
 whole writes with a checksum, so what a kill or a flipped bit damages is dropped at the next opening and made anew. The
 file stops growing at its limit, and the folder's oldest files go when all together exceed it.
 
-Measured: tokenising costs about 0.35 ms a conversation, decoding its picture several ms: this pays for text-only data,
-and where pictures are tiny.
+Measured on text-only conversations of 430 tokens: 22 us from the cache, 125 us without, 153 us while it is filled. A
+picture costs several ms to decode either way, so this pays for text-only data and where pictures are tiny.
 """
 
 from __future__ import annotations
