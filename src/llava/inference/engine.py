@@ -1,8 +1,8 @@
 """The engine: token ids and pictures in, token ids out, many requests stepped together.
 
 It knows nothing of text: `llava.prompt.processor` makes its input, `llava.inference.detokenize` reads its output.
-A step first reads the prompts that wait, those that begin with the same picture together, then adds one token to every
-answer under way. Each request has its own sampling, its own end, and an answer that does not depend on its company.
+A step reads the prompts that wait, those that begin with the same picture together, or adds one token to every answer
+under way. Each request has its own sampling, its own end, and an answer that does not depend on its company.
 
     engine = Engine(model)
     for token_id in engine.submit(encoded, params): ...            # one answer as it comes; .cancel() ends it
@@ -197,6 +197,7 @@ class Engine:
         self._numbers = count()
         self._waiting: deque[_Job] = deque()
         self._active: list[_Job] = []
+        self._only_read = False
         self._features = FeatureStore(model, max_bytes=self._limits.max_feature_bytes)
         self.prefixes = PrefixCache(max_bytes=self._limits.max_prefix_bytes)
 
@@ -293,10 +294,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> int:
-        """Read waiting prompts and add one token to every answer under way; returns how many are left to work on."""
+        """Read waiting prompts or add a token to every answer under way; returns how many are left to work on."""
         with self._lock:
             self._end_cancelled()
             batches = deque(self._look_up(jobs) for jobs in self._admit())
+            # A first token is handed out before the next one is made; but prompts that keep coming stop nobody for
+            # more than one step.
+            self._only_read = bool(batches) and not self._only_read
             try:
                 self._features.encode_ahead(batch.unread for batch in batches)
                 while batches:
@@ -304,7 +308,7 @@ class Engine:
             finally:
                 # Only an interruption leaves batches behind; they wait for the next step.
                 self._waiting.extendleft(job for batch in reversed(batches) for job in reversed(batch.jobs))
-            if self._active:
+            if self._active and not self._only_read:
                 self._advance()
             self._end_cancelled()
             return len(self._active) + len(self._waiting)
