@@ -150,3 +150,18 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     printed = capsys.readouterr()
     assert says in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_what_a_stranger_wrote_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+    turns = [{"from": "human", "value": f"<image>{evil}"}, {"from": "gpt", "value": evil}]
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"image": f"{evil}.png", "conversations": turns}))
+    assert main(["data", "check", "bad.jsonl"]) == 2
+    assert main(["data", "show", "bad.jsonl", "0"]) == 0
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"image": f"{evil}.png", "conversations": evil}))
+    assert main(["data", "show", "bad.jsonl", "0"]) == 2
+    assert main(["data", "convert", "bad.jsonl", "out.json", "--skip-bad"]) == 2
+    printed = capsys.readouterr()
+    for control in "\x1b\x07\x9b\u202e":
+        assert control not in printed.out
+        assert control not in printed.err

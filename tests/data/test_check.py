@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llava.data.bad_samples import BadSample
@@ -226,6 +228,43 @@ def test_what_the_check_calls_an_error_is_what_a_run_leaves_out(tmp_path: Path, 
     encode = GroupEncoder(conversations, processor, max_tokens=2048)
     left_out = [number for number in range(len(conversations)) if isinstance(encode((number,))[0], BadSample)]
     assert left_out == np.flatnonzero(report.bad).tolist()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ROLES = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool"])
+WORDS = st.sampled_from(["<image>\nWhat?", "Red.", "", " ", "\ud800", "<image><image>"]) | JSON
+TURN = st.fixed_dictionaries({"from": ROLES, "value": WORDS}) | st.fixed_dictionaries({"role": ROLES, "content": WORDS})
+NAMES = st.sampled_from(
+    ["good.png", "broken.png", "nowhere.png", "../x", "", "\ud800", "a\0b", "data:,x", "https://x/y"]
+)
+RECORDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "image": NAMES | st.lists(NAMES, max_size=2) | JSON,
+        "images": st.lists(NAMES, max_size=2) | JSON,
+        "conversations": st.lists(TURN, max_size=4) | JSON,
+        "messages": st.lists(TURN, max_size=4) | JSON,
+        "system": JSON,
+    },
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(RECORDS | JSON, min_size=1, max_size=8))
+def test_whatever_the_records_are_the_check_ends_and_agrees_with_a_run(
+    tmp_path: Path, processor: Processor, records: list[Any]
+) -> None:
+    conversations = ConversationSet([read_conversations(write(tmp_path, record(), *records))])
+    report = check_conversations(conversations, processor=processor)
+    encode = GroupEncoder(conversations, processor, max_tokens=2048)
+    left_out = [number for number in range(len(conversations)) if isinstance(encode((number,))[0], BadSample)]
+    assert left_out == np.flatnonzero(report.bad).tolist()
+    for entry in findings(report):
+        assert entry["line"] == entry["record"] + 1
 
 
 def test_more_errors_than_are_forgiven_stop_a_run(tmp_path: Path) -> None:

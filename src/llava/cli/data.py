@@ -110,7 +110,7 @@ def show(
 ) -> None:
     """Show one record: its turns, its pictures, and (with --model) the prompt with what is learnt in green."""
     from llava.cli.data_opening import find_record, open_files, raw_record
-    from llava.cli.data_tables import make_console, print_record
+    from llava.cli.data_tables import harmless, make_console, print_record
     from llava.data.record_view import draw_record, look_at_record, write_record_page
     from llava.errors import DataError
 
@@ -120,7 +120,7 @@ def show(
     try:
         view = look_at_record(records, index, opened.processor)
     except DataError:
-        typer.echo(raw_record(records, index))  # what the error is about
+        typer.echo(harmless(raw_record(records, index)))  # what the error is about
         raise
     print_record(view, make_console())
     if html is not None:
@@ -163,6 +163,7 @@ def convert(
     folder (prompt=... answer=txt).
     """
     from llava.cli.data_opening import read_options
+    from llava.cli.data_tables import harmless
     from llava.data.conversion import convert as convert_data
 
     with _progress("converting") as tell:
@@ -181,7 +182,7 @@ def convert(
         )
     extracted = f", and {done.pictures_extracted:,} pictures to {extract}" if extract is not None else ""
     for line in done.skipped:
-        typer.echo(f"left out: {line}", err=True)
+        typer.echo(f"left out: {harmless(line)}", err=True)
     left_out = f"; left out {len(done.skipped):,}" if done.skipped else ""
     typer.echo(f"wrote {done.records:,} records to {target} ({to}){extracted}{left_out}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,15 @@ _LEARNT = "bold green"
 _PICTURE = "black on bright_cyan"
 
 
+def harmless(text: str) -> str:
+    """Text of a stranger for a terminal: what would move its cursor, colour it or rename it is shown as \ufffd."""
+    return "".join(char if char in "\n\t" or not _is_control(char) else "\ufffd" for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cs", "Cf") and char not in "\u200c\u200d"  # joiners spell words
+
+
 def make_console() -> Console:
     """Standard output; as wide as the terminal, or 120 in a pipe, where nobody can make it wider."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -34,7 +44,7 @@ def finding_lines(report: Report, shown: int) -> Iterator[str]:
         some = report.log.first[kind][: min(share, left)]
         left -= len(some)
         for finding in some:
-            yield f"{finding.origin}: {finding.message}"
+            yield harmless(f"{finding.origin}: {finding.message}")
         if count > len(some) and some:
             yield f"... and {count - len(some):,} more: {kind}"
 
@@ -50,7 +60,7 @@ def print_report(report: Report, console: Console) -> None:
             style = "red" if KINDS[kind].severity == "error" else "yellow"
             first = report.log.first[kind][0].origin
             share = f"{count / max(report.records, 1):.2%}"
-            found.add_row(Text(kind, style), f"{count:,}", share, Text(first), KINDS[kind].advice)
+            found.add_row(Text(kind, style), f"{count:,}", share, Text(harmless(first)), KINDS[kind].advice)
         console.print(found)
         console.print()
     console.print(_figures(summary))
@@ -140,20 +150,20 @@ def coloured(pieces: Sequence[Piece]) -> Text:
         if piece.kind == "picture":
             text.append(f" picture: {piece.num_tokens:,} tokens ", _PICTURE)
         else:
-            text.append(piece.text, _LEARNT if piece.kind == "learnt" else "dim")
+            text.append(harmless(piece.text), _LEARNT if piece.kind == "learnt" else "dim")
     return text
 
 
 def print_record(view: RecordView, console: Console) -> None:
     """A record: where it stands, its pictures, its prompt (or its turns, without a model), and what is wrong."""
-    console.print(view.origin, style="bold", markup=False, soft_wrap=True)
+    console.print(harmless(view.origin), style="bold", markup=False, soft_wrap=True)
     for picture in view.pictures:
         if picture.size is None:
             continue
         height, width = picture.size
         seen = f", {picture.tiles} tiles, {picture.tokens:,} tokens" if picture.tokens else ""
         console.print(
-            f"picture {picture.name}: {width} x {height} pixels, {picture.num_bytes:,} bytes{seen}",
+            f"picture {harmless(picture.name)}: {width} x {height} pixels, {picture.num_bytes:,} bytes{seen}",
             markup=False,
             soft_wrap=True,
         )
@@ -167,7 +177,7 @@ def print_record(view: RecordView, console: Console) -> None:
         for message in view.conversation.messages:
             console.print(_turn(message), soft_wrap=True)
     for problem in view.problems:
-        console.print(Text(problem, "red"), soft_wrap=True)
+        console.print(Text(harmless(problem), "red"), soft_wrap=True)
 
 
 def _turn(message: Message) -> Text:
@@ -178,5 +188,5 @@ def _turn(message: Message) -> Text:
         if isinstance(part, Image):
             text.append(" picture ", _PICTURE)
         else:
-            text.append(part.text, "green" if message.role == "assistant" and message.supervised else "")
+            text.append(harmless(part.text), "green" if message.role == "assistant" and message.supervised else "")
     return text

@@ -293,7 +293,7 @@ def _picture_key(image: Image) -> int:
     source = image.source
     if isinstance(source, bytes):
         return _digest(b"bytes", source)
-    return _digest(b"path", str(source).encode(errors="surrogateescape"))
+    return _digest(b"path", str(source).encode(errors="surrogatepass"))
 
 
 def _conversation_key(conversation: Conversation, pictures: Sequence[int]) -> int:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 420, 150, 8, 22, 16
 
+_LABELLED_BINS = 20  # so many bars of one value each have their values below them
+
 
 @dataclass(frozen=True)
 class Bins:
@@ -61,9 +63,15 @@ def histogram(values: NDArray[Any], *, title: str, unit: str, limit: int | None 
     def place_of(value: float) -> float:
         return _LEFT + step * len(found.counts) * (value - low) / max(high - low, 1)
 
-    for value, anchor in ((low, "start"), ((low + high) // 2, "middle"), (high - 1, "end")):
-        x = place_of(value) if anchor != "end" else _LEFT + step * len(found.counts)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{value:,.0f}</text>')
+    if len(found.counts) <= _LABELLED_BINS and high - low == len(found.counts):
+        ticks = [(_LEFT + step * (place + 0.5), f"{low + place:,.0f}", "middle") for place in range(len(found.counts))]
+    else:
+        middle = (low + high) // 2
+        end = _LEFT + step * len(found.counts)
+        ticks = [(_LEFT, f"{low:,.0f}", "start"), (place_of(middle), f"{middle:,.0f}", "middle")]
+        ticks.append((end, f"{high - 1:,.0f}", "end"))
+    for x, label, anchor in ticks:
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{label}</text>')
     if limit is not None and low <= limit <= high:
         x = place_of(limit)
         side, away = ("end", -4) if x > _WIDTH * 0.7 else ("start", 4)

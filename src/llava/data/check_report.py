@@ -40,7 +40,7 @@ class Example:
 
 def choose_examples(report: Report, *, ordinary: int = 6) -> list[Example]:
     """Ordinary records spread over the data, then odd ones: longest, shortest, least learnt from, most pictures ..."""
-    good = np.flatnonzero(~report.bad & (report.turns > 0))
+    good = np.flatnonzero((report.tokens > 0) | (~report.bad & (report.turns > 0)))
     if not len(good):
         return []
     places = np.unique(np.linspace(0, len(good) - 1, ordinary).astype(int))
@@ -162,7 +162,7 @@ def _plots(report: Report) -> Iterator[str]:
         yield histogram(
             report.tokens[counted], title="Tokens a conversation", unit="tokens", limit=report.limits.max_tokens
         )
-        yield histogram(report.answer_tokens[counted], title="Supervised tokens a conversation", unit="tokens")
+        yield histogram(report.answer_tokens[counted], title="Learnt tokens a conversation", unit="tokens")
     else:
         yield histogram(report.answer_chars[report.turns > 0], title="Answers of a conversation", unit="characters")
     yield histogram(turns, title="Turns a conversation", unit="turns")

@@ -85,7 +85,11 @@ def write_record_page(path: Path, view: RecordView) -> None:
     """The record as one HTML file that opens offline."""
     frame = resources.files("llava").joinpath("data", "check_page.html").read_text(encoding="utf-8")
     body = "\n".join(_body(view))
-    path.write_text(frame.replace("{{title}}", html.escape(view.origin)).replace("{{body}}", body), encoding="utf-8")
+    path.write_text(
+        frame.replace("{{title}}", html.escape(view.origin)).replace("{{body}}", body),
+        encoding="utf-8",
+        errors="replace",
+    )
 
 
 def draw_record(path: Path, view: RecordView) -> None:
