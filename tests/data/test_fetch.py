@@ -183,6 +183,15 @@ def test_a_hostile_answer_ends_in_one_line(server: Server, answer: Answer, says:
         make_fetcher(server, max_bytes=1000).fetch("http://public.org/a.png")
 
 
+def test_an_address_that_failed_is_not_asked_again(server: Server) -> None:
+    server.answer = lambda request: send(request, b"", status=404)
+    fetcher = make_fetcher(server)
+    for _ in range(3):
+        with pytest.raises(DataError, match="answered 404"):
+            fetcher.fetch("http://public.org/a.png")
+    assert len(server.asked) == 1
+
+
 def slowly(piece: bytes) -> Answer:
     def answer(request: BaseHTTPRequestHandler) -> None:
         for _ in range(400):

@@ -165,6 +165,12 @@ def test_a_bad_sample_is_refused_when_it_is_read(tmp_path: Path, members: list[t
         opened[1]
 
 
+def test_what_archivers_leave_is_no_sample(tmp_path: Path) -> None:
+    odd = [("a/._1.png", b"x"), ("README", b"x"), (".index", b"x"), ("__meta__.json", b"{}"), ("a/.txt", "x")]
+    opened = read_conversations(write(tmp_path / "a.tar", *odd, ("a/1.txt", "Red."), ("a/._1.txt", "x")))
+    assert [conversation.messages[1].text for conversation in opened] == ["Red."]
+
+
 def test_links_and_devices_in_a_shard_are_not_members(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:

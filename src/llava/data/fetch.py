@@ -65,6 +65,7 @@ class Fetcher:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._kept_bytes = 0
+        self._failed: dict[str, str] = {}
 
     def fetch(self, url: str, *, origin: str = "") -> bytes:
         """The bytes behind an address. Raises DataError, led by `origin`, for whatever goes wrong."""
@@ -72,11 +73,16 @@ class Fetcher:
             if url in self._kept:
                 self._kept.move_to_end(url)
                 return self._kept[url]
-        where = f"{origin}: " if origin else ""
-        try:
-            data = self._follow(url)
-        except _RefusedError as problem:
-            raise DataError(f"{where}picture {_shown(url)}: {problem}") from None
+            problem = self._failed.get(url, "")
+        if not problem:
+            try:
+                data = self._follow(url)
+            except _RefusedError as refused:
+                problem = str(refused)
+        if problem:
+            # An address that failed stays failed: a dead host costs its ten seconds once, and a run sees it one way.
+            self._failed[url] = problem
+            raise DataError(f"{origin}: " * bool(origin) + f"picture {_shown(url)}: {problem}")
         self._keep(url, data)
         return data
 

@@ -114,6 +114,12 @@ def _walk_samples(path: Path) -> Iterator[tuple[int, int, str, list[_Member]]]:
                 if not _is_file(member):
                     continue
                 own_key, name = _split_name(member.name)
+                if (
+                    not name
+                    or PurePosixPath(own_key).name.startswith("__")
+                    or PurePosixPath(member.name).name[0] == "."
+                ):
+                    continue  # no part of a sample, as WebDataset has it; archivers leave such files
                 if members and own_key != key:
                     yield start, end, key, members
                     members = []
