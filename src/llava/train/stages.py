@@ -137,20 +137,20 @@ def check_reached(model: Llava) -> None:
     """After the first backward pass with a picture: everything that should learn has a finite gradient.
 
     Raises TrainingError naming what is dead: a tensor without a gradient, one with a gradient that is not finite, or
-    a part whose gradients are all exactly zero (it is cut off from the loss). Where 4 bit layers lost their backward
-    pass to bitsandbytes' repacking on CPUs, that is named as the cause. A call of all processes, which agree: one of
-    them may find nothing wrong itself, and then names no tensor.
+    a part whose gradients are all exactly zero (it is cut off from the loss). Also 4 bit layers that lost their
+    backward pass to bitsandbytes' repacking on CPUs: adapters behind them get a wrong gradient rather than none.
+    A call of all processes, which agree: one of them may find nothing wrong itself, and then names no tensor.
     """
+    repacked = [name for name, module in model.named_modules() if has_lost_its_gradient(module)]
+    if any_process(bool(repacked)):
+        raise TrainingError(
+            f"bitsandbytes repacked {len(repacked)} layers ({_shown(repacked)}) in a CPU forward pass without "
+            "gradients; that form has no backward pass, so what lies behind them gets a wrong gradient or none: open the model "
+            "again, and run nothing on it before it trains"
+        )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     dead = [name for name, gradient in gradients.items() if gradient is None]
     if any_process(bool(dead)):
-        repacked = [name for name, module in model.named_modules() if has_lost_its_gradient(module)]
-        if repacked:
-            raise TrainingError(
-                f"{len(dead)} trained tensors got no gradient ({_shown(dead)}): bitsandbytes repacked "
-                f"{_shown(repacked)} in a CPU forward pass without gradients, and that form has no backward pass; "
-                "open the model again, and run nothing on it before it trains"
-            )
         raise TrainingError(f"{len(dead)} trained tensors got no gradient: {_shown(dead)}; freeze their part in `tune`")
     parts = {name: _own_part(gradient) for name, gradient in gradients.items() if gradient is not None}
     broken = [name for name, gradient in parts.items() if not bool(gradient.isfinite().all())]
