@@ -136,7 +136,13 @@ def test_a_7b_is_estimated_from_its_shape_alone() -> None:
     )
     assert (eight.weights + eight.gradients + eight.optimizer) / (trained / 7e9) == pytest.approx(14e9, rel=0.02)
     assert eight.activations == one.activations
-    assert eight.weight_copies < 0.1 * one.weight_copies
+    # two blocks, and what is outside of them: embedding, output layer, projector
+    block, outside = 202e6 * 2, (2 * 32064 * 4096 + 21e6) * 4
+    assert eight.weight_copies == pytest.approx(2 * block + outside, rel=0.02)
+    two = Sharding("zero2", processes=8)
+    gathered = estimate_memory(model, MicroBatch(1, 2048, 100, 2), dtype=torch.bfloat16, sharding=two)
+    assert gathered.weight_copies == pytest.approx((32 * block + 303e6 * 2) + outside, rel=0.02)
+    assert gathered.weights == eight.weights
     offloaded = estimate_memory(
         model, MicroBatch(1, 2048, 100, 2), dtype=torch.bfloat16, sharding=Sharding("zero3", 8, cpu_offload=True)
     )

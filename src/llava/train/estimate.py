@@ -77,14 +77,22 @@ class Sharding:
 class ModelState:
     """Bytes that a model holds whatever goes through it: exact sums over its parameters and buffers.
 
-    compute_weights: all weights in the computing dtype; largest_block: those of the largest block of layers.
+    compute_blocks: the weights of all blocks of layers in the computing dtype, largest_block: those of the largest;
+    outside_blocks: all other weights (embeddings, output layer, projector) as they are; outside_gradients: theirs.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    compute_weights: int
+    compute_blocks: int
     largest_block: int
+    outside_blocks: int
+    outside_gradients: int
+
+    @property
+    def compute_weights(self) -> int:
+        """All weights as a step computes with them."""
+        return self.compute_blocks + self.outside_blocks
 
 
 @dataclass(frozen=True)
@@ -127,22 +135,25 @@ def estimate_memory(
     optimizer: OptimizerName = "adamw",
     sharding: Sharding = Sharding(),
     accumulates: bool = True,
+    on_accelerator: bool | None = None,
 ) -> MemoryEstimate:
     """The memory that training this model on micro-batches of this shape takes on each device.
 
     model: stage applied (what trains has requires_grad), recomputation set up; real or fake, and left as it is.
     dtype: what matrix products are computed in. accumulates: a step has several micro-batches, so that the last one's
-    activations stand beside the first one's gradients.
+    activations stand beside the first one's gradients. on_accelerator: reckon with a driver's share (None: where the
+    model lies on one).
     """
     state = count_state(model, optimizer, dtype=dtype)
     peak = trace_step(model, batch, dtype=dtype, accumulates=accumulates)
     device = next(model.parameters()).device
     shards = sharding.shards
-    copies = peak.of(MemoryTrace.COPIES)
-    if sharding.mode == "zero2":
-        copies = state.compute_weights
-    elif sharding.mode == "zero3":
-        copies = min(state.compute_weights, _BLOCKS_IN_FLIGHT * state.largest_block)
+    copies, backward = peak.of(MemoryTrace.COPIES), peak.of("backward")
+    if shards > 1:
+        # FSDP gathers blocks in the computing dtype, and what is outside of them for the whole step.
+        in_flight = min(state.compute_blocks, _BLOCKS_IN_FLIGHT * state.largest_block)
+        copies = state.outside_blocks + (state.compute_blocks if sharding.mode == "zero2" else in_flight)
+        backward += state.outside_gradients + (state.largest_block if state.gradients else 0)
     # Gradients that the trace saw grow are not counted again.
     gradients = state.gradients // shards if accumulates else 0
     own = (state.weights // shards, gradients, state.optimizer // shards)
@@ -156,11 +167,11 @@ def estimate_memory(
         activations=peak.of("language model"),
         logits=peak.of("logits"),
         pictures=peak.of("pictures"),
-        backward=peak.of("backward"),
+        backward=backward,
         reserve=0,
         host=sum(own) if offloaded else 0,
     )
-    if device.type == "cpu":
+    if not (device.type != "cpu" if on_accelerator is None else on_accelerator):
         return estimate
     return replace(estimate, reserve=RESERVE_BYTES + int(FRAGMENT_SHARE * estimate.total))
 
@@ -169,19 +180,19 @@ def count_state(model: nn.Module, optimizer: OptimizerName = "adamw", *, dtype: 
     """Exact bytes of weights, gradients and moments as one process holds them."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    width = dtype.itemsize
-    blocks = [
-        sum(p.numel() * min(width, p.element_size()) for p in block.parameters())
-        for stack in model.modules()
-        if isinstance(stack, nn.ModuleList)
-        for block in stack
-    ]
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [list(block.parameters()) for stack in stacks for block in stack]
+    inside = {id(p) for block in blocks for p in block}
+    sizes = [sum(p.numel() * min(dtype.itemsize, p.element_size()) for p in block) for block in blocks]
+    outside = [p for p in parameters if id(p) not in inside]
     return ModelState(
         weights=sum(t.numel() * t.element_size() for t in [*parameters, *model.buffers()]),
         gradients=sum(p.numel() * p.element_size() for p in trained),
         optimizer=sum(_moment_bytes(p, optimizer) for p in trained),
-        compute_weights=sum(p.numel() * min(width, p.element_size()) for p in parameters),
-        largest_block=max(blocks, default=0),
+        compute_blocks=sum(sizes),
+        largest_block=max(sizes, default=0),
+        outside_blocks=sum(p.numel() * p.element_size() for p in outside),
+        outside_gradients=sum(p.numel() * p.element_size() for p in outside if p.requires_grad),
     )
 
 

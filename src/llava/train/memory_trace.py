@@ -40,7 +40,8 @@ def fake_copy(model: M) -> tuple[M, FakeTensorMode]:
     memo: dict[int, Any] = {}
     with mode:
         for tensor in tensors:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            device = torch.device("cpu") if tensor.is_meta else tensor.device  # autocast knows no meta device
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             made = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
             memo[id(tensor)] = made
     # deepcopy takes what stands in its memo for the original, so that tied weights stay tied.
