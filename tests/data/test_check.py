@@ -279,6 +279,20 @@ def test_what_a_template_cannot_hold_is_named(tmp_path: Path, processor: Process
     assert "takes one picture and its caption" in findings(report)[0]["message"]
 
 
+def test_each_source_has_figures_of_its_own(tmp_path: Path, processor: Processor) -> None:
+    first = write(tmp_path, record(), {}, record(question="Which?"))
+    second = tmp_path / "second.jsonl"
+    second.write_text(json.dumps(record(image=None)))
+    report = check_conversations(
+        ConversationSet([read_conversations(first), read_conversations(second)]), processor=processor
+    )
+    one, two = report.by_file()
+    assert (one["file"], one["records"], one["bad_records"], one["picture_mentions"]) == (str(first), 3, 1, 2)
+    assert (two["file"], two["records"], two["bad_records"], two["picture_mentions"]) == (str(second), 1, 0, 0)
+    assert one["tokens"] + two["tokens"] == report.summary()["tokens"]["all"]
+    assert one["supervised"] + two["supervised"] == report.summary()["tokens"]["supervised"]
+
+
 def test_the_limits_are_those_of_a_recipe() -> None:
     from llava.train.sections import DataSection, OptimSection
 

@@ -127,5 +127,12 @@ def test_a_histogram_marks_the_limit_and_the_values_beyond_it_all() -> None:
     assert "nothing to count" in histogram(values[:0], title="Tokens", unit="tokens")
 
 
+def test_a_few_whole_numbers_are_labelled_each_and_equal_ones_need_no_bar() -> None:
+    svg = histogram(np.array([2, 2, 4, 5]), title="Turns", unit="turns")
+    assert all(f">{value}</text>" in svg for value in (2, 3, 4, 5))
+    assert "all 64" in histogram(np.full(9, 64), title="Widths", unit="pixels")
+    assert "<svg" not in histogram(np.full(9, 64), title="Widths", unit="pixels")
+
+
 def test_two_bars_say_the_ratio() -> None:
     assert "2.50x" in two_bars([("tokens", 1000, 400)])

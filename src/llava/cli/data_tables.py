@@ -64,6 +64,9 @@ def print_report(report: Report, console: Console) -> None:
         console.print(found)
         console.print()
     console.print(_figures(summary))
+    if len(summary["by_file"]) > 1:
+        console.print()
+        console.print(_by_file(summary["by_file"]))
     for line in closing_lines(report, summary):
         console.print(line, soft_wrap=True, markup=False)
 
@@ -86,6 +89,17 @@ def _figures(summary: dict[str, Any]) -> Table:
     if summary["tokens"]:
         row("tokens", summary["tokens"].get("all", 0), summary["tokens"])
         row("supervised tokens", summary["tokens"]["supervised"], {})
+    return table
+
+
+def _by_file(rows: list[dict[str, Any]]) -> Table:
+    table = Table("source", "records", "bad", "turns", "pictures", "tokens", "supervised", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        share = "" if not row["tokens"] else f"{row['supervised'] / row['tokens']:.1%}"
+        counts = [row["records"], row["bad_records"], row["turns"], row["picture_mentions"], row["tokens"]]
+        table.add_row(Text(harmless(row["file"])), *("" if count is None else f"{count:,}" for count in counts), share)
     return table
 
 

@@ -40,6 +40,9 @@ def histogram(values: NDArray[Any], *, title: str, unit: str, limit: int | None 
     name = html.escape(title)
     if not len(values):
         return f"<figure><figcaption>{name}</figcaption><p class=soft>nothing to count</p></figure>"
+    if values.min() == values.max():
+        same = f"all {int(values[0]):,}"
+        return f"<figure><figcaption>{name} <span class=soft>{same}</span></figcaption></figure>"
     found = bin_values(values)
     counts = [*found.counts, *([found.beyond] if found.beyond else [])]
     most = max(counts)

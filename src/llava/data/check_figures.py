@@ -114,6 +114,27 @@ class Report:
         """Whether a run would give up: a conversation over the limit, or too many that cannot be used."""
         return self.log.counts["too long"] > 0 or self.too_many_left_out
 
+    def by_file(self) -> list[dict[str, Any]]:
+        """The figures of each file (or pattern) on its own."""
+        rows = []
+        start = 0
+        for file in self.conversations.files:
+            part = slice(start, start + len(file))
+            start += len(file)
+            tokens, answers = int(self.tokens[part].sum()), int(self.answer_tokens[part].sum())
+            rows.append(
+                {
+                    "file": str(file.path),
+                    "records": len(file),
+                    "bad_records": int(self.bad[part].sum()),
+                    "turns": int(self.turns[part].sum()),
+                    "picture_mentions": int(self.pictures[part].sum()),
+                    "tokens": tokens if self.counted else None,
+                    "supervised": answers if self.counted else None,
+                }
+            )
+        return rows
+
     def origin(self, record: int) -> str:
         file, inner = self.conversations.locate(record)
         return file.origin(inner)
@@ -155,6 +176,7 @@ class Report:
                 "pictures_shared": sharing.pictures_shared,
                 "picture_ratio": round(sharing.picture_ratio, 3),
             },
+            "by_file": self.by_file(),
             "limits": dict(vars(self.limits)),
         }
 

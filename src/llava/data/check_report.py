@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -105,6 +105,9 @@ def _body(
     yield f"<h1>Data check <span class=soft>{html.escape(names)}</span></h1>"
     yield f'<p class="verdict{"" if report.ok else " bad"}">{html.escape(facts["verdict"])}</p>'
     yield _headline(summary)
+    if len(summary["by_file"]) > 1:
+        yield "<h2>Sources</h2>"
+        yield _sources(summary["by_file"])
     if report.log.counts:
         yield "<h2>Findings</h2>"
         yield _findings(report)
@@ -137,6 +140,22 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return (
         "<div class=facts>" + "".join(f"<div><b>{v}</b><span class=soft>{k}</span></div>" for k, v in cells) + "</div>"
     )
+
+
+def _sources(rows: Sequence[Mapping[str, Any]]) -> str:
+    titles = ("records", "bad", "turns", "pictures", "tokens", "supervised")
+    head = "<th>source</th>" + "".join(f"<th class=num>{title}</th>" for title in titles)
+    lines = []
+    for row in rows:
+        counts = (row["records"], row["bad_records"], row["turns"], row["picture_mentions"], row["tokens"])
+        share = "" if not row["tokens"] else f"{row['supervised'] / row['tokens']:.1%}"
+        cells = [*("" if count is None else f"{count:,}" for count in counts), share]
+        lines.append(
+            f"<tr><td>{html.escape(row['file'])}</td>"
+            + "".join(f"<td class=num>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
+    return f"<table class=found><thead><tr class=soft>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _findings(report: Report) -> str:
