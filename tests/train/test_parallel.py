@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from llava.train.parallel import Mode
+from tests.train.bad_sample_cases import read_all
 from tests.train.parallel_cases import Case, Modality, take_gradients
 from tests.train.process_pair import ProcessPair
 
@@ -65,3 +67,18 @@ def test_every_pattern_of_pictures_and_text_on_two_processes_gives_the_gradient_
             assert first["record"].skipped and not first["gradients"]
             continue
         assert_equal_gradients(first, alone)
+
+
+def test_both_processes_know_the_bad_samples_of_either(pair: ProcessPair, tmp_path: Path) -> None:
+    first, second = pair.run(read_all, (tmp_path, 0.5))
+    assert first == second
+    assert sorted(number for number, *_ in first["state"]["entries"]) == list(range(0, 200, 5))
+    assert first["state"]["seen"] == 200
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 40
+
+
+def test_too_many_bad_samples_end_both_processes_at_the_same_step(pair: ProcessPair, tmp_path: Path) -> None:
+    first, second = pair.run(read_all, (tmp_path, 0.001))
+    assert first["position"] == second["position"] < 25
+    assert "more than data.max_bad_share=0.001" in first["problem"]
+    assert first["state"] == second["state"]
