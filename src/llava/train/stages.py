@@ -145,8 +145,8 @@ def check_reached(model: Llava) -> None:
     if any_process(bool(repacked)):
         raise TrainingError(
             f"bitsandbytes repacked {len(repacked)} layers ({_shown(repacked)}) in a CPU forward pass without "
-            "gradients; that form has no backward pass, so what lies behind them gets a wrong gradient or none: open the model "
-            "again, and run nothing on it before it trains"
+            "gradients; that form has no backward pass, so what lies behind them gets a wrong gradient or none: open "
+            "the model again, and run nothing on it before it trains"
         )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     dead = [name for name, gradient in gradients.items() if gradient is None]
