@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
 from llava.data.conversion import TARGETS, convert, read_items
+from llava.data.record_files import ParquetWriter, ShardWriter
 from llava.data.record_writing import RECORD_WRITERS, Item, joined_parts
 from llava.data.sources import read_conversations
 from llava.errors import DataError, LlavaError, UsageError
@@ -24,6 +25,7 @@ WORDS = st.one_of(
 NAMES = st.sampled_from(
     ["a.jpg", "b/c.png", "b//c.png", "./a.jpg", "ä ö.jpg", "https://example.org/x.jpg?y=1", "c\\d.png"]
 )
+PIXEL = b"\x89PNG\r\n\x1a\nx"
 BYTES = st.sampled_from([b"\x89PNG\r\n\x1a\nx", b"\xff\xd8\xffy", b"GIF89a", b"anything"])
 PARTS = st.one_of(WORDS.map(Text), NAMES.map(lambda name: Image(Path("name", name))), BYTES.map(Image))
 
@@ -144,6 +146,38 @@ def test_files_with_pictures_inside_give_back_words_and_bytes(tmp_path: Path, to
         assert [(m.role, m.text) for m in other.messages] == [(m.role, m.text) for m in one.messages]
         files = [image.source for image in one.images]
         assert [image.source for image in other.images] == [f.read_bytes() for f in files if isinstance(f, Path)]
+
+
+@pytest.mark.parametrize("to", ["parquet", "webdataset"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(some=st.lists(items(), min_size=1, max_size=4))
+def test_what_is_packed_with_its_pictures_comes_back(to: str, some: list[Item]) -> None:
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder) / ("one.parquet" if to == "parquet" else "one.tar")
+        writer = (ParquetWriter if to == "parquet" else ShardWriter)(packed, read_picture=lambda item, image: PIXEL)
+        some = [with_pixels(item, extras=to != "parquet") for item in some]
+        with writer:
+            for item in some:
+                writer.write(item)
+        back = list(read_items(packed))
+        assert [meaning(item)[0] for item in back] == [meaning(item)[0] for item in some]
+        if to == "webdataset":
+            assert [meaning(item)[1:] for item in back] == [meaning(item)[1:] for item in some]
+
+
+def with_pixels(item: Item, *, extras: bool) -> Item:
+    """The same with one picture, in bytes, wherever it has any."""
+    messages = tuple(
+        Message(
+            message.role,
+            tuple(Image(PIXEL) if isinstance(part, Image) else part for part in message.parts),
+            supervised=message.supervised,
+        )
+        for message in item.conversation.messages
+    )
+    return Item(Conversation(messages, "here"), {}, item.id, item.extras if extras else {})
 
 
 def test_pictures_that_lie_in_records_are_extracted_once_and_named(tmp_path: Path) -> None:
