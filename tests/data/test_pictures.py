@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.fetch import Fetcher
 from llava.data.pictures import PictureFolder, PictureIndexBuilder, named_pictures, resolve_image
 from llava.errors import DataError
+from llava.prompt.fetch import Fetcher
 
 LEAVING = [
     "../secret.png",

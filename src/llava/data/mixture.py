@@ -15,10 +15,10 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.fetch import Fetcher
 from llava.data.grouping import Groups, group_by_picture
 from llava.data.sources import ConversationSet, read_conversations
 from llava.errors import DataError
+from llava.prompt.fetch import Fetcher
 
 
 @dataclass(frozen=True)

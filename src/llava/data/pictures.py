@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from llava.data.fetch import Fetcher
 from llava.errors import DataError
 from llava.prompt.conversation import ImageSource, read_data_url
+from llava.prompt.fetch import Fetcher
 
 _KEY_BYTES = 16
 _BACKSLASH = "\\"

@@ -17,7 +17,6 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from llava.data.fetch import Fetcher
 from llava.data.grouping import Groups, group_by_picture
 from llava.data.json_files import JsonFile
 from llava.data.parquet import ParquetFile
@@ -28,6 +27,7 @@ from llava.data.records import PARSERS, ConversationFile
 from llava.data.shards import ShardFile
 from llava.errors import DataError, name_nearest
 from llava.prompt.conversation import Conversation
+from llava.prompt.fetch import Fetcher
 
 #: What a source's `format` may be: a record format of JSON files, or the kind of file.
 FORMATS = (*PARSERS, "parquet", "webdataset")

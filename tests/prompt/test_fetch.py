@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from llava.data.fetch import Address, Fetcher, FetchLimits, is_public
 from llava.errors import DataError
+from llava.prompt.fetch import Address, Fetcher, FetchLimits, is_public
 
 PUBLIC = "93.184.215.14"
 Answer = Callable[[BaseHTTPRequestHandler], None]

@@ -1,6 +1,6 @@
-"""Pictures from the web, for data sets that name them by address: only public hosts, with limits, checked at each hop.
+"""Pictures from the web, for whoever names them by address: only public hosts, with limits, checked at each hop.
 
-A record of a stranger's data set must not make this machine ask its own network. So: http and https only, no user names
+A stranger's data set or request must not make this machine ask its own network. So: http and https only, no user names
 in the address, every address that the host name has must be public (loopback, private, link-local, shared, multicast,
 and IPv6 forms that wrap them are refused), and the connection goes to the address that was checked, so that a name
 that resolves differently the second time gains nothing. Redirects are followed by hand, three at most, each checked.
