@@ -138,13 +138,13 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Work with the other processes for the time of the block; one process alone has nothing to join.
+    """Work with the other processes for the time of the block; one alone, or one that has joined, has nothing to do.
 
     An error that is raised here is announced to the others; where it is the first one of the run it goes on as it is,
     and on every process that fails because of it a PeerFailedError takes its place. A process that vanishes without
     a word gives a TrainingError on the others. Raises UsageError when the processes cannot find each other.
     """
-    if world_size() == 1:
+    if world_size() == 1 or is_joined():
         yield
         return
     import torch

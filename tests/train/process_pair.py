@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,45 +25,62 @@ _CASE_TIMEOUT_SECONDS = 120.0
 
 
 class ProcessPair:
-    """Starts at `with`, ends behind it."""
+    """Starts at the first `run`, ends behind `with`. After a failure the next `run` gets a new pair."""
 
     def __enter__(self) -> ProcessPair:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        self._ends, self._workers = [], []
-        for number in range(SIZE):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(number, str(Path(self._folder.name) / "store"), theirs))
-            worker.start()
-            theirs.close()
-            self._ends.append(ours)
-            self._workers.append(worker)
+        self._ends: list[Connection] = []
+        self._workers: list[BaseProcess] = []
+        self._started = 0
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for end in self._ends:
-            end.close()
-        for worker in self._workers:
-            worker.join(10)
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
+        self._end(patience_seconds=10)
         self._folder.cleanup()
 
     def run(self, function: Callable[[Any], Any], argument: Any = None) -> list[Any]:
         """What `function(argument)` returns on each of the two."""
-        for end in self._ends:
-            end.send((function, argument))
+        if not self._workers:
+            self._start()
         results, problems = [], []
-        for number, end in enumerate(self._ends):
-            assert end.poll(_CASE_TIMEOUT_SECONDS), f"process {number} hangs in {function.__name__}({argument!r})"
-            result, problem = end.recv()
-            results.append(result)
-            problems += [f"process {number}:\n{problem}"] if problem else []
-        assert not problems, "\n".join(problems)
+        try:
+            for end in self._ends:
+                end.send((function, argument))
+            for number, end in enumerate(self._ends):
+                assert end.poll(_CASE_TIMEOUT_SECONDS), f"process {number} hangs in {function.__name__}({argument!r})"
+                result, problem = end.recv()
+                results.append(result)
+                problems += [f"process {number}:\n{problem}"] if problem else []
+            assert not problems, "\n".join(problems)
+        except (AssertionError, OSError):
+            self._end(patience_seconds=0)
+            raise
         return results
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._started += 1
+        store = str(Path(self._folder.name) / f"store-{self._started}")
+        for number in range(SIZE):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(number, store, theirs))
+            worker.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._workers.append(worker)
+
+    def _end(self, *, patience_seconds: float) -> None:
+        for end in self._ends:
+            end.close()
+        for worker in self._workers:
+            worker.join(patience_seconds)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self._ends.clear()
+        self._workers.clear()
 
 
 def _work(number: int, store_path: str, pipe: Connection) -> None:
@@ -72,7 +90,7 @@ def _work(number: int, store_path: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, SIZE)
-    dist.init_process_group("gloo", store=store, rank=number, world_size=SIZE, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=number, world_size=SIZE, timeout=timedelta(seconds=30))
     try:
         while True:
             function, argument = pipe.recv()

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llava.data.batch import Batch
-from llava.distributed import any_process, process_count, process_number, refuse_difference
+from llava.distributed import process_count, process_number, refuse_difference
 from llava.errors import RecipeError
 from llava.model.checkpointing import find_blocks
 from llava.model.llava import Llava
@@ -80,7 +80,9 @@ class Parallel:
         with self._without_sync() if not last else nullcontext():
             scale *= self.processes
             loss = cast(Tensor, (self._ddp or self.step_loss)(batch, scale))
-            torch.autograd.backward(loss)
+            # Text alone teaches nothing where the language model is frozen.
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
         return loss.detach() / scale
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
@@ -97,10 +99,6 @@ class Parallel:
             # As torch.nn.utils.clip_grad_norm_; a norm that is not finite scales nothing here, the step is skipped.
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
-
-    def has_nonzero(self, gradient: Tensor) -> bool:
-        """Whether a gradient has an entry that is not zero, in any process's part of it; a call of all processes."""
-        return any_process(bool(local_part(gradient).count_nonzero()))
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors from sharded ones, on process 0's CPU, one after another; the other processes get none.
@@ -214,9 +212,10 @@ def _shard(step_loss: StepLoss, *, mode: Mode, device: torch.device, dtype: torc
         "offload_policy": offload,
         "reshard_after_forward": mode == "zero3",
     }
-    # The blocks that FSDP2 is to know are those of the two transformers; all they hold is computed under autocast.
     for block in (*find_blocks(model.vision_tower), *find_blocks(model.decoder)):
-        fully_shard(block, mp_policy=policy if low else plain, **common)
+        # Autocast computes layer_norm in float32 on devices, but on the CPU it takes no weights of another format.
+        refuses = device.type == "cpu" and any(isinstance(module, nn.LayerNorm) for module in block.modules())
+        fully_shard(block, mp_policy=policy if low and not refuses else plain, **common)
     # The root is not let go of between the passes: the backward pass begins with its output layer.
     fully_shard(step_loss, mp_policy=plain, **{**common, "reshard_after_forward": False})
 
