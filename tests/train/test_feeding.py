@@ -158,3 +158,10 @@ def test_processes_prepare_the_same_steps_as_one_alone(
         assert whole.conversations == one.conversations == other.conversations
         assert whole.num_answer_tokens == one.num_answer_tokens + other.num_answer_tokens
         assert {bad.number for bad in whole.bad} == {bad.number for bad in (*one.bad, *other.bad)}
+
+
+def test_a_template_that_fits_no_record_is_refused_before_the_first_step(world: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(world, tmp_path / "run", "data.template=plain", "data.max_bad_share=0.0", files="[]")
+    with pytest.raises(DataError, match=r"of the \d conversations .* cannot be used.*template 'plain' takes one"):
+        prepare_run(recipe)
+    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()

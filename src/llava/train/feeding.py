@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from llava.checkpoint.load import Loaded
 from llava.data.bad_samples import BadSamples, refuse_unusable
 from llava.data.encoding import GroupEncoder
-from llava.data.loader import Layout, Loader, StepPlan
+from llava.data.loader import GlobalStep, Layout, Loader, StepPlan
 from llava.data.mixture import Mixture, SourceSpec, open_sources
 from llava.data.order import signed_lengths
 from llava.data.sources import ConversationSet
@@ -16,6 +17,8 @@ from llava.distributed import is_main, process_count, process_number
 from llava.model.tree_support import find_tree_support
 from llava.prompt.processor import Processor
 from llava.train.sections import Recipe
+
+_log = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -84,6 +87,17 @@ def build_loader(recipe: Recipe, loaded: Loaded, conversations: ConversationSet,
             path=out_dir / BAD_SAMPLES if is_main() else None,
         ),
     )
+
+
+def report_first_step(recipe: Recipe, conversations: ConversationSet, first: GlobalStep) -> None:
+    """Say what of the first step cannot be used, before an hour is spent on getting there.
+
+    Warns of three; raises DataError when there are more than a run would forgive (a template that fits no record).
+    """
+    for bad in first.bad[:3]:
+        _log.warning("%s: left out: %s", bad.origin, bad.reason)
+    ledger = BadSamples(max_share=recipe.data.max_bad_share, conversations=len(conversations))
+    ledger.note(first.bad, seen=len(first.conversations))
 
 
 def _lengths_of(conversations: ConversationSet) -> list[int]:

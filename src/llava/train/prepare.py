@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from llava.data.sources import ConversationSet
 from llava.distributed import pick_device, pick_dtype, refuse_difference
 from llava.errors import RecipeError
 from llava.train.feature_choice import open_feature_cache
-from llava.train.feeding import build_loader
+from llava.train.feeding import build_loader, report_first_step
 from llava.train.feeding import open_conversations as open_conversations
 from llava.train.journal import naming_unsaved
 from llava.train.loop import Trainer
@@ -29,9 +28,6 @@ from llava.train.stages import PartSummary, apply_stage, describe_stage
 from llava.train.start import added_token_ids
 from llava.train.start import open_model as open_model
 from llava.train.state import seed_generators
-
-_log = logging.getLogger(__name__)
-
 
 @dataclass
 class Prepared:
@@ -105,8 +101,7 @@ def prepare_run(recipe: Recipe) -> Prepared:
         seed=recipe.run.seed,
     )
     # The first step's errors come before the first checkpoint, not after an hour of loading.
-    for bad in first.bad[:3]:
-        _log.warning("%s: left out: %s", bad.origin, bad.reason)
+    report_first_step(recipe, conversations, first)
     notes = {"fingerprints": fingerprints, "activation_checkpointing": recomputed}
     return Prepared(recipe, out_dir, loaded, conversations, loader, trainer, summaries, dtype, notes)
 
