@@ -15,6 +15,7 @@ from llava.data.bad_samples import BadSample
 from llava.data.check import CheckLimits, Report, Sharing, check_conversations
 from llava.data.check_findings import KINDS
 from llava.data.encoding import GroupEncoder
+from llava.data.mixture import SourceSpec, open_sources
 from llava.data.packing import grow_trees
 from llava.data.sources import ConversationSet, read_conversations
 from llava.prompt.images import ImageSettings
@@ -150,6 +151,18 @@ def test_what_is_odd_is_a_warning_and_no_conversation_is_lost(
     assert report.ok
     assert report.num_bad == 0
     assert [(entry["severity"], entry["line"]) for entry in findings(report)] == [("warning", 2)]
+
+
+def test_a_web_address_is_named_whether_it_is_refused_or_cannot_be_fetched(tmp_path: Path) -> None:
+    path = write(tmp_path, record("https://example.org/a.jpg"), record("http://127.0.0.1/a.jpg"))
+    refused = check(path)
+    assert dict(refused.log.by_kind()) == {"web address": 2}
+    assert "data.allow_urls" in findings(refused)[0]["message"]
+    fetched = check_conversations(
+        open_sources([SourceSpec(str(write(tmp_path, record("http://127.0.0.1/a.jpg"))))], allow_urls=True)
+    )
+    assert dict(fetched.log.by_kind()) == {"web address": 1}
+    assert "not a public address" in findings(fetched)[0]["message"]
 
 
 def test_every_kind_of_finding_is_tested() -> None:

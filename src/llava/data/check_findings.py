@@ -61,8 +61,8 @@ _ORIGIN = re.compile(r"^(?P<file>.*?):(?P<line>\d+)(?: \(record (?P<record>\d+)\
 
 # What the parsers and the picture reader say, to the kind of finding that it is; the first that fits. A test holds it.
 _SAID: tuple[tuple[str, str], ...] = (
+    (r"picture '(?i:https?)://", "web address"),
     (r"leaves the image folder|outside the image folder", "escaping path"),
-    (r"is a web address|allow_urls", "web address"),
     (r"pictures? but \d+ <image>", "marks and pictures"),
     (r"unknown (from|role) |turns must alternate|only the first turn may be", "roles"),
     (r"no such file|does not exist|is not in ", "missing picture"),
