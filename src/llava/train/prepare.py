@@ -29,6 +29,7 @@ from llava.train.start import added_token_ids
 from llava.train.start import open_model as open_model
 from llava.train.state import seed_generators
 
+
 @dataclass
 class Prepared:
     """Everything that a run needs, opened and checked, before its first step."""
