@@ -269,14 +269,17 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         pass
 
 
-def test_half_written_models_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+def test_what_dead_processes_left_half_written_is_removed_and_what_living_ones_write_stays(tmp_path: Path) -> None:
     out = tmp_path / "run"
+    out.mkdir()
+    (out / ".run.json.partial").write_text("{")
     names = (".run.999999999-x.partial", f".run.{os.getppid()}-x.partial", ".run2.999999999-x.partial")
     dead, living, other = (tmp_path / name for name in names)
     for folder in (dead, living, other):
         folder.mkdir()
     with held_folder(out):
         assert (dead.exists(), living.exists(), other.exists()) == (False, True, True)
+        assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_a_run_that_was_killed_in_its_last_act_is_tidied_when_asked_again(world: Path, tmp_path: Path) -> None:

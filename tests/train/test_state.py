@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +18,16 @@ from llava.model.llava import Llava
 from llava.train.loop import Trainer
 from llava.train.sections import OptimSection, TuneSection
 from llava.train.stages import apply_stage
-from llava.train.state import collect_tensors, list_checkpoints, load_newest, restore_tensors, save_state
+from llava.train.state import (
+    collect_generators,
+    collect_tensors,
+    list_checkpoints,
+    load_newest,
+    restore_generators,
+    restore_tensors,
+    save_state,
+    seed_generators,
+)
 from tests.train.tiny_training import IMAGE_ID, grow, make_mixed_conversations
 
 CPU = torch.device("cpu")
@@ -111,6 +123,79 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_rubbish(
     # The fifth flush comes after the rename: the new checkpoint is whole then.
     assert found.step == (1 if call < 4 else 2)
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_all_is_on_the_disk_before_it_is_named_and_named_on_the_disk_before_anything_old_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut needs, and a kill cannot show."""
+    save(tmp_path, 1, keep=1)
+    done: list[tuple[str, str]] = []
+    for name in ("fsync", "rename"):
+        whole = getattr(os, name)
+
+        def noted(what: int | Path, *rest: object, name: str = name, whole: Callable[..., None] = whole) -> None:
+            path = Path(f"/proc/self/fd/{what}").readlink() if isinstance(what, int) else Path(what)
+            done.append((name, str(path.relative_to(tmp_path))))
+            whole(what, *rest)
+
+        monkeypatch.setattr(os, name, noted)
+    save(tmp_path, 2, keep=1)
+    partial = ".step-00000002.partial"
+    assert sorted(done[:3]) == [
+        ("fsync", f"{partial}/{file}") for file in ("manifest.json", "state.json", "state.safetensors")
+    ]
+    assert done[3:] == [("fsync", partial), ("rename", partial), ("fsync", "."), ("rename", "step-00000001")]
+
+
+def test_a_replacement_that_was_interrupted_is_undone(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.replaced")
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    save(tmp_path, 1)
+    (tmp_path / ".step-00000001.replaced").mkdir()  # the new one was in place already
+    assert load_newest(tmp_path) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_an_old_checkpoint_whose_removal_was_interrupted_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    (tmp_path / ".step-00000001.old").mkdir()
+    load_newest(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_begin_anew_in_silence(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_a_bit(save(tmp_path, step) / "state.safetensors")
+    for _ in range(2):
+        with pytest.raises(
+            TrainingError, match="no whole checkpoint is left, only damaged-step-00000001, damaged-step"
+        ):
+            load_newest(tmp_path)
+
+
+def test_every_generator_goes_on_where_it_was() -> None:
+    seed_generators(3)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    saved = collect_generators(CPU)
+
+    def draw() -> list[float]:
+        return [
+            random.gauss(0, 1),
+            random.random(),
+            np.random.standard_normal(),
+            np.random.random(),
+            torch.rand(()).item(),
+        ]
+
+    first = draw()
+    assert draw() != first
+    restore_generators(saved, CPU)
+    assert draw() == first
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:

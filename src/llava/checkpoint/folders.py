@@ -92,6 +92,7 @@ def _replace_files(temporary: Path, folder: Path) -> None:
         if path.is_dir() and (folder / path.name).is_dir():
             shutil.rmtree(folder / path.name)
         path.replace(folder / path.name)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

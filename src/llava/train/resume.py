@@ -202,7 +202,10 @@ def _lock(path: Path) -> int:
 
 
 def _sweep(out_dir: Path) -> None:
-    """Remove half-written models that killed processes left beside the folder (checkpoint.folders names them)."""
+    """Remove what killed processes left half written: files in the folder, models beside it (checkpoint.folders)."""
+    for path in out_dir.glob(".*.partial"):
+        with suppress(OSError):
+            path.unlink()
     for path in out_dir.absolute().parent.iterdir():
         rest = path.name.removeprefix(f".{out_dir.name}.")
         if rest == path.name or not rest.endswith(".partial"):
