@@ -43,6 +43,15 @@ def test_check_exits_with_2_and_says_what_a_run_would_do(tmp_path: Path, capsys:
     assert json.loads((tmp_path / "data-check" / "check.json").read_text())["findings"][0]["kind"] == "empty answer"
 
 
+def test_check_with_a_wrong_picture_folder_asks_about_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    data = write_data(tmp_path, "Red.", "Blue.")
+    assert main(["data", "check", str(data), "--images", "elsewhere"]) == 2
+    assert (
+        "Most pictures are missing: do their paths begin in elsewhere? --images says where." in capsys.readouterr().out
+    )
+
+
 def test_check_with_a_model_counts_tokens_and_what_sharing_saves(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ def _data() -> None:
 @app.command()
 def check(
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE...", help="Conversation files; key=value with --recipe.")
+        list[str] | None, typer.Argument(metavar="FILE", help="Conversation files; key=value with --recipe.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Check all that a recipe reads, with its model and limits, instead of files.")
@@ -134,7 +134,7 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A file of conversations, a table, or a folder.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .json or .jsonl file; .parquet; .tar or a folder.")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the reader, such as split=test.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the reader, such as split=test.")
     ] = None,
     read_as: Annotated[
         str,
@@ -158,9 +158,9 @@ def convert(
 ) -> None:
     """Write conversations in another format, record by record; what OUT cannot hold is refused by name.
 
-    Readers with options: scienceqa (split=train prompt=QCM-LEA), refcoco (task=both wordings=7 split=train refs=unc),
-    coco-captions (prompt=... captions=all), csv (image=COLUMN question=COLUMN answer=COLUMN id=COLUMN prompt=...),
-    folder (prompt=... answer=txt).
+    Options of the readers: scienceqa: split, prompt (QCM-LEA); refcoco: task, wordings, split, refs, limit, seed;
+    coco-captions: prompt, captions; csv: image, question, answer, id (names of columns), prompt, delimiter; folder:
+    prompt, answer.
     """
     from llava.cli.data_opening import read_options
     from llava.cli.data_tables import harmless

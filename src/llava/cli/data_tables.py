@@ -109,6 +109,10 @@ def closing_lines(report: Report, summary: dict[str, Any]) -> Iterator[str]:
     if summary["tokens"]:
         yield f"{summary['tokens']['supervised_share']:.1%} of the tokens are supervised (answers)."
     yield sharing_line(report)
+    missing = report.log.counts["missing picture"]
+    if missing > 0.5 * int((report.pictures > 0).sum()):
+        roots = ", ".join(sorted({str(file.image_root) for file in report.conversations.files}))
+        yield harmless(f"Most pictures are missing: do their paths begin in {roots}? --images says where.")
     if report.ok:
         warnings = report.log.num_warnings
         yield "no problems" + (f" ({warnings:,} warnings)" if warnings else "")
