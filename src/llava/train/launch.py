@@ -28,17 +28,18 @@ _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.1
 
 
-def launch(arguments: Sequence[str], *, processes: int) -> int:
+def launch(arguments: Sequence[str], *, processes: int, module: str = "llava") -> int:
     """Run `llava ARGUMENTS` on that many processes to their end; returns the exit code that stands for all.
 
-    0: all went well; 2: one was refused, and has said why in a line; 130: stopped; 1: a bug, or a process was killed.
+    module: what is run in the place of `llava`. The code is 0 when all went well, 2 when one was refused (it has said
+    why in a line), 130 when they were stopped, 1 for a bug or a process that was killed.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not by name
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "llava", *arguments],
+            [sys.executable, "-m", module, *arguments],
             env=_environment(number, processes, port=store.port),
             stdin=subprocess.PIPE,
             # A Ctrl-C in the terminal comes here alone, and is passed on once.
