@@ -5,7 +5,8 @@
         MissingExtraError      an optional package is not installed; the message holds the pip command
       PromptError              a conversation, template or tokenizer cannot be turned into tokens
         ContextLengthError     the prompt does not fit the model's context; shorten it or drop a picture
-      ImageError               a picture cannot be read, or breaks a limit (bytes, side, pixels, aspect)
+      ImageError               a picture cannot be read
+        ImageTooLargeError     it breaks a limit (bytes, side, pixels, aspect), which is known before it is decoded
       DataError                a data set's file or record is wrong; fix it, or run `llava data check`
       RecipeError              a recipe's key or value is wrong; the nearest known key is named
       CheckpointError          a model folder is missing something, or holds what it should not
@@ -50,6 +51,10 @@ class ContextLengthError(PromptError):
 
 class ImageError(LlavaError):
     """A picture cannot be read, or breaks a limit."""
+
+
+class ImageTooLargeError(ImageError):
+    """A picture breaks a limit: bytes, side, pixels or aspect."""
 
 
 class DataError(LlavaError):

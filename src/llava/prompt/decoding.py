@@ -18,7 +18,7 @@ import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
 
-from llava.errors import ImageError
+from llava.errors import ImageError, ImageTooLargeError
 from llava.prompt.conversation import ImageSource
 from llava.prompt.tiling import Size
 
@@ -85,7 +85,9 @@ def decode_image(
     if isinstance(source, (bytes, bytearray, memoryview)):
         what, data = name or "picture", bytes(source)
         if len(data) > limits.max_bytes:
-            raise ImageError(f"{what}: {len(data)} bytes, over the limit of {limits.max_bytes}; make it smaller")
+            raise ImageTooLargeError(
+                f"{what}: {len(data)} bytes, over the limit of {limits.max_bytes}; make it smaller"
+            )
     elif isinstance(source, (str, Path)):
         what = name or str(source)
         data = _read_file(Path(source), limits, what)
@@ -123,18 +125,18 @@ def check_size(size: Size, limits: ImageLimits, name: str) -> None:
     if height < 1 or width < 1:
         raise ImageError(f"{shown}; an empty picture cannot be used")
     if max(height, width) > limits.max_side:
-        raise ImageError(f"{shown}; the longest side may be {limits.max_side}; make it smaller")
+        raise ImageTooLargeError(f"{shown}; the longest side may be {limits.max_side}; make it smaller")
     if height * width > limits.max_pixels:
-        raise ImageError(f"{shown}; at most {limits.max_pixels} pixels are read; make it smaller")
+        raise ImageTooLargeError(f"{shown}; at most {limits.max_pixels} pixels are read; make it smaller")
     if max(height, width) > limits.max_aspect * min(height, width):
-        raise ImageError(f"{shown}; the sides' ratio may be {limits.max_aspect} to 1; cut it")
+        raise ImageTooLargeError(f"{shown}; the sides' ratio may be {limits.max_aspect} to 1; cut it")
 
 
 def _read_file(path: Path, limits: ImageLimits, name: str) -> bytes:
     try:
         size = path.stat().st_size
         if size > limits.max_bytes:
-            raise ImageError(f"{name}: {size} bytes, over the limit of {limits.max_bytes}; make it smaller")
+            raise ImageTooLargeError(f"{name}: {size} bytes, over the limit of {limits.max_bytes}; make it smaller")
         return path.read_bytes()
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
@@ -158,7 +160,7 @@ def _open(data: bytes, limits: ImageLimits, name: str) -> PIL.Image.Image:
     try:
         return PIL.Image.open(io.BytesIO(data), formats=[kind])
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        raise ImageError(f"{name}: more than {limits.max_pixels} pixels; make it smaller") from None
+        raise ImageTooLargeError(f"{name}: more than {limits.max_pixels} pixels; make it smaller") from None
     except _DAMAGED:
         raise ImageError(f"{name}: damaged {kind} picture; save it again or leave it out") from None
 
