@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava.train.adamw_8bit import AdamW8bit
 from llava.train.sections import OptimSection
 from llava.train.selection import Part, part_of
 from llava.train.stages import peak_rate as peak_rate
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.AdamW:
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSection) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, in groups by part and by decay.
 
     Matrices and embeddings decay; vectors (biases, norms, image_newline) do not. Each group carries `peak`, its peak
@@ -33,7 +34,10 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: OptimSecti
         }
         for (part, decays), parameters in members.items()
     ]
-    return torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    betas = (optim.beta1, optim.beta2)
+    if optim.optimizer == "adamw_8bit":
+        return AdamW8bit(groups, betas=betas, eps=optim.eps)
+    return torch.optim.AdamW(groups, betas=betas, eps=optim.eps, fused=True)
 
 
 def rate_share(step: int, total_steps: int, optim: OptimSection) -> float:

@@ -188,7 +188,7 @@ class OptimSection(Section):
     vision_tower_learning_rate: Rate | None = None
     language_model_learning_rate: Rate | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        default="adamw", description="adamw_8bit keeps the moments in 8 bits (bitsandbytes; not exact)."
+        default="adamw", description="adamw_8bit keeps the moments in 8 bits (2 bytes a weight, not 8; not exact)."
     )
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
