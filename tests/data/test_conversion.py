@@ -165,6 +165,8 @@ def test_what_is_packed_with_its_pictures_comes_back(to: str, some: list[Item]) 
         assert [meaning(item)[0] for item in back] == [meaning(item)[0] for item in some]
         if to == "webdataset":
             assert [meaning(item)[1:] for item in back] == [meaning(item)[1:] for item in some]
+        else:
+            assert [item.id for item in back] == [None if item.id is None else str(item.id) for item in some]
 
 
 def with_pixels(item: Item, *, extras: bool) -> Item:

@@ -22,7 +22,8 @@ from llava.data.records import ConversationFile
 from llava.errors import DataError, MissingExtraError
 
 _READ_COLUMNS = (
-    *CONVERSATION_KEYS, *CAPTION_KEYS, "image", "images", "system", "video", "videos", "audios", "tools", "objects"
+    "id", *CONVERSATION_KEYS, *CAPTION_KEYS, "image", "images", "system",
+    "video", "videos", "audios", "tools", "objects",
 )  # fmt: skip
 _ROWS_AT_ONCE = 64
 _KEPT_BYTES = 256 << 20
