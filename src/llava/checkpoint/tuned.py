@@ -151,7 +151,9 @@ def reopen(origin: Mapping[str, Any], options: OpenOptions, folder: Path) -> Ope
 
     try:
         if "path" in origin:
-            named = {key: origin[key] for key in ("base", "template") if key in origin}
+            named = {key: origin[key] for key in ("template",) if key in origin}
+            if "base" in origin and options.base is None:
+                named["base"] = _place(origin["base"], folder)
             tower = options.vision_tower or origin.get("vision_tower")
             path = options.base or _place(origin["path"], folder)
             return open_checkpoint(path, vision_tower=tower, **named)

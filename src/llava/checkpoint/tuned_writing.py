@@ -36,16 +36,13 @@ MEMORY = Path("memory")
 LANGUAGE, TOWER = "language_model.", "vision_tower."
 
 
-def tuned_tensors(
-    model: Llava, base: Mapping[str, Source], *, values: Mapping[str, Tensor] | None = None
-) -> dict[str, Source]:
+def tuned_tensors(model: Llava, base: Mapping[str, Source]) -> dict[str, Source]:
     """Every tensor of a tuned model under its common name, adapters merged in float32, added rows in their places.
 
-    base: what the model was made from; weights that did not move are read from there. values: trained tensors by
-    their names in memory, where the module holds only a share of them (sharded runs). Raises CheckpointError for a
+    base: what the model was made from; weights that did not move are read from there. Raises CheckpointError for a
     packed weight that base does not have.
     """
-    trained = _trained_values(model, values)
+    trained = _trained_values(model)
     adapted = dict(lora_layers(model))
     out: dict[str, Source] = {}
     for name, parameter in model.named_parameters():
@@ -68,9 +65,7 @@ def tuned_tensors(
     return out
 
 
-def _trained_values(model: Llava, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    if values is not None:
-        return dict(values)
+def _trained_values(model: Llava) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -98,15 +93,14 @@ def write_tuned(
     parts: Sequence[Mapping[str, Any]],
     recipe: Mapping[str, Any],
     versions: Mapping[str, str],
-    values: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the folder that `llava.checkpoint.tuned` describes; the language model's own weights are not in it.
 
     opened: the base, as it was opened for the run. parts: what was trained, a mapping a part; recipe, versions: kept
-    in the manifest. values: as in `tuned_tensors`. A projector's LoRA is merged: the projector is small, and no other
-    reader knows of one. Returns the folder, which is replaced as a whole.
+    in the manifest. A projector's LoRA is merged: the projector is small, and no other reader knows of one. Returns
+    the folder, which is replaced as a whole.
     """
-    trained = _trained_values(model, values)
+    trained = _trained_values(model)
     config = huggingface.with_processor(model.config, processor)
     others = _other_tensors(model, opened, trained, config)
     rows = list(added_rows(model))
@@ -149,7 +143,7 @@ def _other_tensors(
         for name, value in trained.items()
         if ".lora_" not in name and ".base_layer." not in name
     }
-    whole = tuned_tensors(model, opened.tensors, values=trained)
+    whole = tuned_tensors(model, opened.tensors)
     for common, source in whole.items():
         new = common in opened.tensors and opened.tensors[common].file == NEW
         if new or (common.startswith("multi_modal_projector.") and source.read is not opened.tensors[common].read):

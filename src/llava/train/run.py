@@ -38,7 +38,7 @@ from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
 from llava.train.resume import differences, held_folder, refuse_another_run
 from llava.train.samples import answer_samples, why_not_now, write_sample_page
-from llava.train.saving import save_run
+from llava.train.saving import bytes_to_save, save_run
 from llava.train.sections import Recipe
 from llava.train.state import collect_tensors, load_newest, restore_tensors, save_state
 from llava.train.stopping import RunStoppedError, asked_to_stop
@@ -311,7 +311,7 @@ def _describe(prepared: Prepared, *, state: str) -> None:
 def _check_space(prepared: Prepared) -> None:
     """Refuse a run whose model and checkpoints would not fit on the disk."""
     parameters = list(prepared.loaded.model.parameters())
-    model_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    model_bytes = bytes_to_save(prepared.recipe, prepared.loaded)
     # Weights and two moments of what is trained; one checkpoint more than is kept exists while a new one is written.
     state_bytes = 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     wanted = model_bytes + (prepared.recipe.run.keep + 1) * state_bytes + _SPARE_BYTES

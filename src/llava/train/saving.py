@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from llava.checkpoint import huggingface
 from llava.checkpoint.load import Loaded
+from llava.checkpoint.names import common_name
 from llava.checkpoint.tuned import MANIFEST
 from llava.checkpoint.tuned_writing import tuned_tensors, write_tuned
 from llava.train.sections import Recipe, TuneSection
@@ -26,6 +25,16 @@ def leaves_adapter(tune: TuneSection) -> bool:
     return stays and (tune.language_model in low_rank or tune.vision_tower in low_rank)
 
 
+def bytes_to_save(recipe: Recipe, loaded: Loaded) -> int:
+    """How much `save_run` will write: trained weights in float32, a whole model's others as its files have them."""
+    trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
+    learnt = sum(4 * p.numel() for p in trained.values())
+    if leaves_adapter(recipe.tune) or loaded.opened is None:
+        return learnt
+    moved = {common_name(name, loaded.model) for name in trained}
+    return learnt + sum(source.num_bytes for name, source in loaded.opened.tensors.items() if name not in moved)
+
+
 def save_run(
     recipe: Recipe,
     loaded: Loaded,
@@ -33,11 +42,10 @@ def save_run(
     *,
     summaries: Sequence[PartSummary],
     versions: Mapping[str, str],
-    values: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write the run's model into its folder, which then opens with `llava.load`; returns the folder.
 
-    values: trained tensors by their names in memory, where the module holds only a share of them (sharded runs).
+    Of a sharded model on process 0, once it is whole there.
     """
     assert loaded.opened is not None, "the run's model was opened by load or build"
     if leaves_adapter(recipe.tune):
@@ -49,9 +57,8 @@ def save_run(
             parts=[vars(summary) for summary in summaries],
             recipe=recipe.model_dump(mode="json"),
             versions=versions,
-            values=values,
         )
-    tensors = tuned_tensors(loaded.model, loaded.opened.tensors, values=values)
+    tensors = tuned_tensors(loaded.model, loaded.opened.tensors)
     written = huggingface.write(loaded.model.config, tensors, loaded.processor, folder)
     for left in (MANIFEST, "adapter_config.json", "adapter_model.safetensors"):  # of an earlier run in this folder
         (folder / left).unlink(missing_ok=True)
