@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava.distributed import is_main
+from llava.errors import UsageError
 
 if TYPE_CHECKING:
     from llava.train.sections import Recipe
@@ -25,7 +26,24 @@ def train(
     devices: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes to start on this machine, one a device.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Open and check everything, train nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Open everything, count, estimate memory and hours, try a save; train nothing.")
+    ] = False,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="With --check: reckon from configurations alone, without weights or data.")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option(metavar="GPU", help="With --check: reckon for this device (h100, a100, 4090, ...).")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="With --check: the share of the device's peak to reckon with.")
+    ] = 0.4,
+    sample: Annotated[
+        int, typer.Option(min=0, metavar="N", help="With --check: count tokens over N conversations; 0: all.")
+    ] = 512,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on (as without it), but refuse to begin where nothing was saved.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Start anew instead of going on.")] = False,
 ) -> None:
     """Train a model as a recipe says. Stopped with Ctrl-C it saves; the same command goes on from there.
@@ -39,8 +57,12 @@ def train(
         changes.append(f"run.out={_as_yaml(str(out))}")
     loaded = load_recipe(recipe, changes)
     if check:
-        _check(loaded)
-        return
+        fits = _check(loaded, shapes=shapes, on=on, processes=devices or 1, mfu=mfu, sample=sample)
+        raise typer.Exit(0 if fits else 1)
+    if shapes or on is not None:
+        raise UsageError("--shapes and --on go with --check; a run takes the device that run.device names")
+    if resume and is_main():
+        _require_checkpoint(loaded, restart=restart)
     from llava.cli.processes import one_voice, start_processes
 
     start_processes(context.obj, devices)
@@ -58,25 +80,37 @@ def train(
     typer.echo(f"Next: llava chat {result.out_dir}")
 
 
-def _check(recipe: Recipe) -> None:
-    """Print what a run would do."""
-    from llava.train.prepare import prepare_run
+def _check(recipe: Recipe, *, shapes: bool, on: str | None, processes: int, mfu: float, sample: int) -> bool:
+    """Print what a run would be; whether it fits."""
+    from llava.cli.train_report import print_report
+    from llava.distributed import pick_device, pick_dtype
+    from llava.train.preflight import check_run, plan_run
+    from llava.train.throughput import DEVICES, named_device, this_device
 
-    prepared = prepare_run(recipe)
-    info = prepared.info
-    for part, mode, parameters, trained, rate, rank, held_in in info.table:
-        more = f"  rate {rate}" * bool(rate) + f"  LoRA rank {rank}" * bool(rank) + f"  in {held_in}" * bool(held_in)
-        typer.echo(f"{part:<14}  {mode:<11}  {parameters:>16}  {trained}{more}".rstrip())
-    first = prepared.loader.make(0)
-    tokens = sum(batch.num_tokens for batch in first.micro_batches)
-    positions = sum(batch.input_ids.numel() for batch in first.micro_batches)
-    typer.echo(
-        f"{info.conversations:,} conversations, {info.total_steps:,} steps on {info.device} in {info.dtype}; "
-        f"the first step: {len(first.conversations)} conversations, {tokens:,} tokens "
-        f"({first.num_answer_tokens:,} of them answers, {1 - tokens / positions:.0%} padding), "
-        f"{len(first.micro_batches)} micro-batches"
-    )
-    typer.echo("all well; nothing was trained")
+    device = None if on is None else named_device(on)
+    if not shapes:
+        report = check_run(recipe, on=device, processes=processes, mfu=mfu, sample=sample)
+    else:
+        if device is None:
+            here = pick_device(recipe.run.device)
+            if here.type == "cpu":
+                raise UsageError(f"--shapes on a CPU: name the device to reckon for with --on: {', '.join(DEVICES)}")
+            device = this_device(here, pick_dtype(here, recipe.run.dtype))
+        report = plan_run(recipe, on=device, processes=processes, mfu=mfu)
+    print_report(report)
+    return report.fits
+
+
+def _require_checkpoint(recipe: Recipe, *, restart: bool) -> None:
+    """Raise UsageError when --resume has nothing to go on from."""
+    from llava.train.prepare import out_dir_of
+    from llava.train.state import list_checkpoints
+
+    if restart:
+        raise UsageError("--resume goes on and --restart starts anew; give one of them")
+    out_dir = out_dir_of(recipe)
+    if not list_checkpoints(out_dir / "checkpoints") and not (out_dir / "run.json").is_file():
+        raise UsageError(f"{out_dir}: nothing to resume, no run was saved there; leave --resume out to begin one")
 
 
 def _as_yaml(text: str) -> str:

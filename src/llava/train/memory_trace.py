@@ -28,14 +28,15 @@ from llava.model.tree_attention import TreeLayout
 M = TypeVar("M", bound=nn.Module)
 
 
-def fake_copy(model: M) -> tuple[M, FakeTensorMode]:
+def fake_copy(model: M, *, always: bool = False) -> tuple[M, FakeTensorMode]:
     """A copy of a module whose parameters and buffers have shape, dtype and device, and no values.
 
-    A module that is fake already is returned as it is. Work with the copy under `with mode:`.
+    A module that is fake already is returned as it is, unless `always`. Work with the copy under `with mode:`.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    if tensors and isinstance(tensors[0].data, FakeTensor):
-        return model, tensors[0].data.fake_mode
+    first = tensors[0].data if tensors else None
+    if isinstance(first, FakeTensor) and not always:
+        return model, first.fake_mode
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
     with mode:

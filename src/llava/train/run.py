@@ -34,6 +34,7 @@ from llava.train.loop import StepRecord
 from llava.train.meter import Meter
 from llava.train.metrics import MetricsLog, read_metrics
 from llava.train.observers import observe
+from llava.train.preflight import check_disk, disk_bytes
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.progress import Watcher
 from llava.train.resume import differences, held_folder, refuse_another_run
@@ -45,9 +46,6 @@ from llava.train.stopping import RunStoppedError, asked_to_stop
 from llava.train.trackers import require_trackers
 
 _log = logging.getLogger(__name__)
-
-_SPARE_BYTES = 64 << 20
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -90,7 +88,7 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
     require_trackers(recipe.run.track)
     prepared = prepare_run(recipe)
     if _is_first():
-        _check_space(prepared)
+        check_disk(out_dir, disk_bytes(prepared.loaded.model, keep=recipe.run.keep))
     _restore(prepared)
     first_step = prepared.loader.position
     if _is_first():
@@ -306,26 +304,6 @@ def _describe(prepared: Prepared, *, state: str) -> None:
     }
     write_durably(prepared.out_dir / "recipe.yaml", recipe.as_yaml())
     write_durably(prepared.out_dir / "run.json", json.dumps(run, indent=1))
-
-
-def _check_space(prepared: Prepared) -> None:
-    """Refuse a run whose model and checkpoints would not fit on the disk."""
-    parameters = list(prepared.loaded.model.parameters())
-    model_bytes = bytes_to_save(prepared.recipe, prepared.loaded)
-    # Weights and two moments of what is trained; one checkpoint more than is kept exists while a new one is written.
-    state_bytes = 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    wanted = model_bytes + (prepared.recipe.run.keep + 1) * state_bytes + _SPARE_BYTES
-    place = prepared.out_dir
-    while not place.exists():
-        place = place.parent
-    # A run that goes on writes over what it has.
-    held = sum(path.stat().st_size for path in prepared.out_dir.rglob("*") if path.is_file())
-    free = shutil.disk_usage(place).free + held
-    if free < wanted:
-        raise TrainingError(
-            f"{prepared.out_dir}: the run needs {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "free some space, choose another run.out, or lower run.keep"
-        )
 
 
 def _versions() -> dict[str, str]:
