@@ -27,7 +27,8 @@ def train(
         int | None, typer.Option(min=1, metavar="N", help="Processes to start on this machine, one a device.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Open everything, count, estimate memory and hours, try a save; train nothing.")
+        bool,
+        typer.Option("--check", help="Open everything, count, estimate memory and hours, try a save; train nothing."),
     ] = False,
     shapes: Annotated[
         bool, typer.Option("--shapes", help="With --check: reckon from configurations alone, without weights or data.")
