@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,6 @@ FREE_TO_CHANGE = {
 }
 _WAY_OUT = "give back what it was, choose another run.out, or start anew with --restart"
 _LOCK = ".lock"
-_CHUNK = 1 << 22
 
 
 # --- what must be the same ---------------------------------------------------------------------------------------
@@ -87,34 +87,24 @@ def take_fingerprints(model: nn.Module, processor: Processor) -> dict[str, dict[
             if path.is_file()
         }
     template = processor.template
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: 7B in some seconds
+        digests = dict(zip(frozen, pool.map(digest_tensor, frozen.values()), strict=True))
     return {
         "tokenizer and picture settings": files,
         "template": {template.name: hashlib.sha256(repr(template).encode()).hexdigest()[:16]},
-        "frozen weights": {
-            name: digest_tensor(parameter)
-            for name, parameter in model.named_parameters()
-            if not parameter.requires_grad
-        },
+        "frozen weights": digests,
     }
 
 
 def digest_tensor(tensor: Tensor) -> str:
-    """A digest that a single changed bit or two exchanged numbers change, at the speed of memory on any device.
-
-    Two sums over the numbers' bits as integers, one of them weighted by place: exact, so the same everywhere. Made to
-    notice accidents, not to withstand somebody who looks for a collision.
-    """
-    flat = tensor.detach().reshape(-1)
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    weights = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=bits.device)
-    plain, weighted = 0, 0
-    for number, chunk in enumerate(torch.split(bits, _CHUNK)):
-        wide = chunk.long()
-        here = int(wide.sum())
-        plain += here
-        weighted += int((wide * weights[: len(wide)]).sum()) + 2 * number * _CHUNK * here
-    text = f"{tensor.dtype} {tuple(tensor.shape)} {plain} {weighted}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """A digest of a tensor's bytes, type and shape; its layout in memory does not matter. About 2 GB/s a core."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride(0) != 1:  # a single number of a larger tensor
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def refuse_another_run(place: Path, facts: Mapping[str, Any], now: Mapping[str, Any]) -> None:
