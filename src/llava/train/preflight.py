@@ -30,6 +30,7 @@ from llava.train.memory_trace import fake_copy
 from llava.train.parallel import DDP_LIMIT
 from llava.train.prepare import Prepared, out_dir_of, prepare_run
 from llava.train.recompute import USABLE_SHARE, largest_micro_batch, least_recomputation
+from llava.train.saving import bytes_to_save, leaves_adapter
 from llava.train.sections import Recipe
 from llava.train.shapes import shape_model
 from llava.train.stages import PartSummary, describe_stage
@@ -121,7 +122,7 @@ def check_run(
         run = recipe.run.model_copy(update={**changes, "out": aside})
         prepared = prepare_run(recipe.model_copy(update={"run": run}))
         counted, batches = _count(prepared, sample)
-    needed = disk_bytes(prepared.loaded.model, keep=recipe.run.keep)
+    needed = disk_bytes(prepared.loaded.model, left=bytes_to_save(recipe, prepared.loaded), keep=recipe.run.keep)
     check_disk(out_dir, needed)
     _try_saving(out_dir)
     device = on or this_device(prepared.trainer.device, prepared.dtype)
@@ -180,7 +181,7 @@ def plan_run(recipe: Recipe, *, on: Device, processes: int = 1, mfu: float = ASS
         processes=processes,
         mfu=mfu,
         dtype=dtype,
-        disk_bytes=disk_bytes(model, keep=recipe.run.keep),
+        disk_bytes=disk_bytes(model, left=_planned_bytes(recipe, model), keep=recipe.run.keep),
     )
 
 
@@ -294,12 +295,17 @@ def _known_lengths(recipe: Recipe) -> tuple[int, int, int]:
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
-def disk_bytes(model: Llava, *, keep: int) -> int:
-    parameters = list(model.parameters())
-    model_bytes = sum(p.numel() * p.element_size() for p in parameters)
+def disk_bytes(model: Llava, *, left: int, keep: int) -> int:
+    """Bytes of what a run leaves in its folder and of all the checkpoints that exist at once."""
     # Weights and two moments of what is trained; one checkpoint more than is kept exists while a new one is written.
-    state_bytes = 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    return model_bytes + (keep + 1) * state_bytes + _SPARE_BYTES
+    state_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return left + (keep + 1) * state_bytes + _SPARE_BYTES
+
+
+def _planned_bytes(recipe: Recipe, model: Llava) -> int:
+    """What a run leaves: adapters alone, or a whole model."""
+    parameters = [p for p in model.parameters() if p.requires_grad or not leaves_adapter(recipe.tune)]
+    return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def check_disk(out_dir: Path, needed: int) -> None:

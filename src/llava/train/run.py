@@ -88,7 +88,8 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
     require_trackers(recipe.run.track)
     prepared = prepare_run(recipe)
     if _is_first():
-        check_disk(out_dir, disk_bytes(prepared.loaded.model, keep=recipe.run.keep))
+        left = bytes_to_save(recipe, prepared.loaded)
+        check_disk(out_dir, disk_bytes(prepared.loaded.model, left=left, keep=recipe.run.keep))
     _restore(prepared)
     first_step = prepared.loader.position
     if _is_first():
