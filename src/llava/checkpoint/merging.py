@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from llava.checkpoint.convert import Begin, ConvertReport, convert
 from llava.checkpoint.load import load, open_checkpoint
-from llava.checkpoint.opened import EMBEDDINGS, Opened
+from llava.checkpoint.opened import Opened
 from llava.errors import CheckpointError
 from llava.model.llava import Llava
 
@@ -75,8 +77,11 @@ def merge(
 
 
 def _format_of(opened: Opened) -> str:
-    """The number format of the base's embedding, which stands for the rest."""
-    return str(next(opened.tensors[name].dtype for name in EMBEDDINGS if name in opened.tensors)).removeprefix("torch.")
+    """The number format that most of a model's numbers have in its files."""
+    counts: Counter[torch.dtype] = Counter()
+    for source in opened.tensors.values():
+        counts[source.dtype] += prod(source.shape)
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 @torch.no_grad()

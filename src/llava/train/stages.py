@@ -182,7 +182,7 @@ def describe_stage(summaries: Sequence[PartSummary]) -> list[tuple[str, ...]]:
             s.mode,
             f"{s.parameters:,}",
             f"{s.trained:,}"
-            + (f" ({s.rows:,} in rows of added tokens)" * bool(s.rows))
+            + (f" ({s.rows:,} in token rows)" * bool(s.rows))
             + (f" ({s.unreached:,} unreached)" * bool(s.unreached)),
             "" if s.rate is None else f"{s.rate:g}",
             "" if s.rank is None else str(s.rank),
