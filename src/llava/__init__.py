@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llava.checkpoint.load import load as load
+    from llava.inference.talk import load as load
     from llava.prompt.conversation import Conversation as Conversation
     from llava.prompt.conversation import Image as Image
     from llava.prompt.conversation import Message as Message
     from llava.prompt.conversation import Text as Text
 
 _HOME = {
-    "load": "llava.checkpoint.load",
+    "load": "llava.inference.talk",
     "Conversation": "llava.prompt.conversation",
     "Message": "llava.prompt.conversation",
     "Image": "llava.prompt.conversation",

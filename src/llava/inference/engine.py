@@ -227,16 +227,22 @@ class Engine:
         return job.generation
 
     def generate(
-        self, requests: Iterable[Request], *, on_done: Callable[[int], None] | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        on_done: Callable[[int], None] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Answer many requests, in their order. Questions on one picture are fastest next to each other.
 
         Requests are drawn from the iterable as there is room for them. on_done: called after each step with the number
-        of requests that it finished. Raises the first error of any request, and cancels the rest.
+        of requests that it finished. on_completion: called with each request's number and completion once it is done.
+        Raises the first error of any request, and cancels the rest.
         """
-        generations: list[Generation] = []
+        # Done requests are let go of: their pictures would fill the memory.
+        under_way: dict[int, Generation] = {}
+        completions: list[Completion | None] = []
         pending = iter(requests)
-        finished = 0
         try:
             more = True
             while True:
@@ -245,17 +251,22 @@ class Engine:
                     if request is None:
                         more = False
                         break
-                    generations.append(self.submit(request.encoded, request.params))
-                if not (self.num_waiting or self.num_active):
+                    under_way[len(completions)] = self.submit(request.encoded, request.params)
+                    completions.append(None)
+                if not under_way:
                     break
                 self.step()
+                ended = [number for number, generation in under_way.items() if generation.done]
+                for number in ended:
+                    completion = under_way.pop(number).completion()
+                    completions[number] = completion
+                    if on_completion is not None:
+                        on_completion(number, completion)
                 if on_done is not None:
-                    now = sum(generation.done for generation in generations)
-                    on_done(now - finished)
-                    finished = now
-            return [generation.completion() for generation in generations]
+                    on_done(len(ended))
+            return [completion for completion in completions if completion is not None]
         finally:
-            for generation in generations:
+            for generation in under_way.values():
                 generation.cancel()
 
     def cancel(self, generation: Generation) -> None:
