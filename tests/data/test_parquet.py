@@ -120,6 +120,19 @@ def test_a_bad_row_is_refused_when_it_is_read(tmp_path: Path, picture: bytes) ->
         opened[2]
 
 
+def test_a_text_that_is_not_utf_8_costs_its_row_alone(tmp_path: Path, picture: bytes) -> None:
+    rows = [{"image": picture, "caption": f"number {number} \u00e4"} for number in range(70)]
+    path = write(tmp_path / "a.parquet", rows, compression="none", use_dictionary=False, write_statistics=False)
+    whole = path.read_bytes()
+    assert whole.count("number 66 \u00e4".encode()) == 1
+    path.write_bytes(whole.replace("number 66 \u00e4".encode(), b"number 66 \xff\xff"))
+    opened = read_conversations(path)
+    assert len(opened) == 70
+    assert [opened[i].messages[1].text for i in (65, 67)] == ["number 65 \u00e4", "number 67 \u00e4"]
+    with pytest.raises(DataError, match=r"a.parquet:66: a text in it is not UTF-8"):
+        opened[66]
+
+
 def test_files_that_are_no_parquet_or_hold_no_conversation_are_refused(tmp_path: Path, picture: bytes) -> None:
     whole = write(tmp_path / "a.parquet", [{"image": picture, "caption": "x"}]).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,7 +136,7 @@ class StepPlan:
             batch_size=self.batch_conversations,
         )
 
-    @lru_cache(maxsize=64)  # noqa: B019
+    @cache  # noqa: B019 - 8 bytes a step
     def _bounds(self, epoch: int) -> NDArray[np.int64]:
         """Where each step begins in the epoch's order, and where the last one ends."""
         groups = self._groups(epoch)

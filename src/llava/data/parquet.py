@@ -103,8 +103,10 @@ class _RowGroups:
     def row(self, file: int, row: int) -> dict[str, Any]:
         group = bisect_right(self._group_ends[file], row)
         begin = self._group_ends[file][group - 1] if group else 0
-        found: dict[str, Any] = self._table(file, group).slice(row - begin, 1).to_pylist()[0]
-        return found
+        found: list[dict[str, Any]] = _rows_of(self._table(file, group).slice(row - begin, 1))
+        if not found:
+            raise DataError(f"{self.paths[file]}:{row}: a text in it is not UTF-8")
+        return found[0]
 
     def walk(self) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
         """((file, row), columns) of every row in order."""
@@ -114,7 +116,11 @@ class _RowGroups:
                 table = self._table(file, group)
                 begin = row
                 while row < end:
-                    for found in table.slice(row - begin, _ROWS_AT_ONCE).to_pylist():
+                    together = table.slice(row - begin, _ROWS_AT_ONCE)
+                    rows = _rows_of(together)
+                    if not rows:  # one of them cannot be read: an empty row is said again when it is asked for
+                        rows = [(_rows_of(together.slice(place, 1)) or [{}])[0] for place in range(len(together))]
+                    for found in rows:
                         yield (file, row), found
                         row += 1
 
@@ -123,7 +129,7 @@ class _RowGroups:
             with self._parquet.ParquetFile(path) as opened:
                 names = opened.schema_arrow.names
                 metadata = opened.metadata
-        except self._broken as error:
+        except (*self._broken, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read as parquet ({_first_line(error)})") from error
         columns = [name for name in _READ_COLUMNS if name in names]
         if not set(columns) & {*CONVERSATION_KEYS, *CAPTION_KEYS}:
@@ -143,6 +149,9 @@ class _RowGroups:
                     table = opened.read_row_group(group, columns=self._columns[file], use_threads=False)
             except self._broken as error:
                 raise DataError(f"{self.paths[file]}: row group {group} is damaged ({_first_line(error)})") from error
+            ends = self._group_ends[file]
+            if len(table) != ends[group] - (ends[group - 1] if group else 0):
+                raise DataError(f"{self.paths[file]}: row group {group} is damaged (rows are missing)")
             self._kept[key] = table
             while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
@@ -171,6 +180,15 @@ def _to_record(row: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dic
         elif entry is not None:
             raise DataError(f"{origin}: a picture must be a path, bytes or {{bytes, path}}, not {type(entry).__name__}")
     return shape_record(row, names, origin=origin), embedded
+
+
+def _rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a piece of a table; none when one of them holds a text that is not UTF-8."""
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except UnicodeDecodeError:
+        return []
+    return rows
 
 
 def _first_line(error: BaseException) -> str:
