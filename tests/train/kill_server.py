@@ -125,6 +125,8 @@ def write_world(world: Path) -> None:
             turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": f"number {number}"}]
             records.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (world / "mix.json").write_text(json.dumps(records, indent=1))
+    records[5]["image"] = "missing.png"
+    (world / "faulty.json").write_text(json.dumps(records, indent=1))
     (world / "recipe.yaml").write_text(
         f"""\
 model: {{language_model: {world}/language_model, vision_tower: {world}/vision_tower, template: llava_hf}}

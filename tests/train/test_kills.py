@@ -22,10 +22,11 @@ KINDS = {
     "stage1": ["data.template=plain"],
     "stage2": ["tune.language_model=full"],
     "lora": ["tune.language_model=lora", "tune.language_model_lora.rank=4"],
+    "faulty": ["data.files=[WORLD/faulty.json]", "data.max_bad_share=0.2"],  # a picture is not there
 }
 SHORT = ["optim.epochs=0.5", "run.save_every=1", "run.keep=1"]  # three steps, each saved
 EVERY = [3, pytest.param(1, marks=pytest.mark.slow)]  # slow: a minute for each of two hundred calls
-CASES = [(kind, workers) for kind in KINDS for workers in (0, 2)]
+CASES = [(kind, workers) for kind in KINDS for workers in (0, 2) if kind != "faulty" or workers]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def unkilled(server: KillServer, world: Path) -> Callable[[str], tuple[object, f
     def result(kind: str) -> tuple[object, float]:
         if kind not in known:
             out = world / f"whole-{kind}"
-            outcome = server.run(f"run.out={out}", *KINDS[kind])
+            outcome = server.run(f"run.out={out}", *changes_of(kind, world))
             assert outcome.status == "finished", outcome
             known[kind] = (ending(out), outcome.seconds)
         return known[kind]
@@ -59,9 +60,14 @@ def unkilled(server: KillServer, world: Path) -> Callable[[str], tuple[object, f
     return result
 
 
+def changes_of(kind: str, world: Path) -> list[str]:
+    """The recipe's changes for a kind of run."""
+    return [change.replace("WORLD", str(world)) for change in KINDS[kind]]
+
+
 def ending(out: Path, *, steps: int = 9) -> tuple[list[tuple[int, str, str]], dict[str, str]]:
-    """(step, loss, gradient norm) of every line of metrics.jsonl, and the digests of the weights. Nothing else may be
-    left behind."""
+    """(step, loss, gradient norm) of every line of metrics.jsonl, and the digests of the weights and of the list of bad
+    samples. Nothing else may be left behind."""
     lines = [
         (line["step"], float(line["loss"]).hex(), float(line["grad_norm"]).hex())
         for line in read_lines(out / "metrics.jsonl")
@@ -70,7 +76,7 @@ def ending(out: Path, *, steps: int = 9) -> tuple[list[tuple[int, str, str]], di
     assert not (out / "checkpoints").exists()
     assert not list(out.glob(".*"))
     assert not list(out.parent.glob(f".{out.name}.*"))
-    files = [*out.glob("*.safetensors"), *out.glob("*.bin")]
+    files = [*out.glob("*.safetensors"), *out.glob("*.bin"), *out.glob("bad_*.jsonl")]
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     assert weights
     return lines, weights
@@ -83,10 +89,11 @@ def kill_and_go_on(
     many kills met a run (the others came when it had finished)."""
     chance = random.Random(f"{seed} {kind} {workers}")
     expected, seconds = whole
+    assert kind != "faulty" or "bad_samples.jsonl" in str(expected)
     met = 0
     while met < kills:
         out = world / f"killed-{kind}-{workers}-{seed}"
-        changes = [f"run.out={out}", f"data.workers={workers}", *KINDS[kind]]
+        changes = [f"run.out={out}", f"data.workers={workers}", *changes_of(kind, world)]
         finished = False
         for _ in range(min(chance.randint(3, 9), kills - met)):
             if chance.random() < 0.5:
@@ -122,16 +129,16 @@ def test_a_kill_in_the_last_act_leaves_the_steps_done(
     """While the model is written, its files take their places, and the checkpoints go."""
     expected, _ = unkilled(kind)
     trained, out = world / f"trained-{kind}-{every}", world / f"last-{kind}-{every}"
-    assert server.run(f"run.out={trained}", *KINDS[kind], region="finish", kill_at=1).status == "killed"
+    assert server.run(f"run.out={trained}", *changes_of(kind, world), region="finish", kill_at=1).status == "killed"
     shutil.copytree(trained, out)
-    calls = server.run(f"run.out={out}", *KINDS[kind], region="finish").calls
+    calls = server.run(f"run.out={out}", *changes_of(kind, world), region="finish").calls
     for number, call in enumerate(range(1, calls + 1, every)):
         shutil.rmtree(out)
         shutil.copytree(trained, out)
         order = {"region": "finish", "kill_at": call, "kill_before": number % 2 == 0}
-        outcome = server.run(f"run.out={out}", *KINDS[kind], **order)
+        outcome = server.run(f"run.out={out}", *changes_of(kind, world), **order)
         assert outcome.status == "killed", (call, outcome)
-        again = server.run(f"run.out={out}", *KINDS[kind])
+        again = server.run(f"run.out={out}", *changes_of(kind, world))
         assert (again.status, again.first_step) == ("finished", 9), (call, again)
         assert ending(out) == expected, call
 
