@@ -86,14 +86,16 @@ class SourceSection(Section):
 class DataSection(Section):
     """Which conversations, and how they are laid into rows."""
 
-    files: list[str] = Field(default_factory=list, description="Conversation files, read one after another.")
+    files: list[str] = Field(
+        default_factory=list, description="Files of conversations of any format, read one after another."
+    )
     sources: list[SourceSection] = Field(
         default_factory=list, description="The same with a format, an image folder and a weight each."
     )
     images: str | None = Field(
         default=None, description="The folder that picture paths begin in; default: the file's folder."
     )
-    allow_urls: bool = Field(default=False, description="Fetch pictures that records name by http(s) address.")
+    allow_urls: bool = Field(default=False, description="Fetch pictures that records name by a public http(s) address.")
     template: str | None = Field(
         default=None, description="Another template for this run's text only (stage 1 of LLaVA-1.5 trains on `plain`)."
     )
@@ -103,7 +105,9 @@ class DataSection(Section):
         description="What to do with a longer one: refuse it, leave it out (counted), or keep its first whole turns.",
     )
     max_bad_share: Share = Field(
-        default=0.001, description="Stop when more than this share of the conversations read so far was unreadable."
+        default=0.001,
+        description="Stop when more than this share of the conversations read so far could not be used; ten (a tenth "
+        "of a small data set) are forgiven, unless this is 0.",
     )
     token_cache: str | None = Field(
         default=None, description="A folder to keep tokenised conversations in, for the next run on the same data."
