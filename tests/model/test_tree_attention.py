@@ -141,6 +141,21 @@ def test_fewer_key_heads_than_query_heads() -> None:
     torch.testing.assert_close(attend_varlen(query, key, value, layout, scale=1.0, kernel=varlen_reference), expected)
 
 
+def test_the_varlen_kernel_of_an_older_torch_is_called_as_it_wants() -> None:
+    """2.10: is_causal instead of a window, no scale, no grouped heads."""
+
+    def older(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, c: int, d: int, is_causal: bool = False) -> Tensor:
+        assert is_causal and q.shape[1] == k.shape[1]
+        return varlen_reference(q, k, v, a, b, c, d, scale=WIDTH**-0.5, window_size=(-1, 0))
+
+    tree_ids, branch_ids = lay_out([[(3, [2, 4]), (0, [5])]])
+    layout = TreeLayout.from_ids(tree_ids, branch_ids)
+    query, key, value = random_inputs(tree_ids.shape, 0)
+    expected = attend_varlen(query, key[:, :1], value[:, :1], layout, scale=0.3, kernel=varlen_reference)
+    made = attend_varlen(query, key[:, :1], value[:, :1], layout, scale=0.3, kernel=older)
+    torch.testing.assert_close(made, expected)
+
+
 def test_long_blocks_go_to_the_flash_kernel_and_short_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(tree_attention, "attend_flash", lambda *a, **k: called.append("flash") or attend_flash(*a, **k))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -57,12 +58,19 @@ def attend_varlen(
     flat_query = _flat(query.to(dtype)).index_select(0, layout.queries)  # (Q, H, d)
     keys = _flat(key.to(dtype)).index_select(0, layout.keys)  # (K, H', d)
     values = _flat(value).index_select(0, layout.keys)
-    causal: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
-    if "window_size" not in inspect.signature(kernel).parameters:  # torch before 2.11
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    known = _parameters(kernel)
+    if "window_size" not in known:  # torch before 2.11
         assert window is None, "this torch's varlen_attn has no sliding window"
-        causal = {"is_causal": True}
-    if key.shape[1] != query.shape[1]:
-        causal["enable_gqa"] = True
+        options["is_causal"] = True
+        del options["window_size"]
+    if "scale" not in known:
+        flat_query = flat_query * (options.pop("scale") * shape[-1] ** 0.5)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     made = kernel(
         flat_query,
         keys,
@@ -71,13 +79,18 @@ def attend_varlen(
         layout.key_bounds,
         layout.longest_query,
         layout.longest_key,
-        scale=scale,
-        **causal,
+        **options,
     )
     output = made.new_zeros(shape[0] * shape[2], *made.shape[1:]).index_copy(0, layout.queries, made)
     return _rows(output, shape)
 
 
+@lru_cache(maxsize=4)
+def _parameters(kernel: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(kernel).parameters)
+
+
+@lru_cache(maxsize=1)
 def varlen_kernel() -> Callable[..., Any] | None:
     """torch's varlen_attn, None where this torch has none."""
     try:

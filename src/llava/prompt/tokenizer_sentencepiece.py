@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import sentencepiece
+from typing import TYPE_CHECKING, Any
 
 from llava.prompt.sentencepiece_export import build_tokenizer_json
 from llava.prompt.tokenizer_base import RunKind, Tokenizer, described, write_json
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 _META = "▁"
 # In tokenizer_config.json: a tokenizer.json lies beside it for others, tokenizer.model is what is meant.
@@ -39,6 +40,8 @@ class SentencePieceTokenizer(Tokenizer):
             del config[SENTENCEPIECE_MARK]
         super().__init__(config, special_tokens_map)
         self._model = model
+        import sentencepiece  # here: only those who open such a model need the package
+
         self._with_prefix = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
         legacy = config.get("legacy")
