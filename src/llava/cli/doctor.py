@@ -27,6 +27,7 @@ _EXTRAS = {
     "quant": "models in 4 and 8 bit",
     "export": "writing GGUF files",
     "parquet": "data sets in parquet files",
+    "serve": "answering over HTTP",
     "test": "this project's own tests",
 }
 

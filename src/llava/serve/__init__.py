@@ -1,0 +1,1 @@
+"""Over HTTP: the OpenAI chat-completions protocol in front of one engine."""
