@@ -26,6 +26,7 @@ from llava.errors import UnknownFormatError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
 from llava.model.projector import build_projector, initialise_projector, scale_output
+from llava.model.spread import spread_devices
 
 if TYPE_CHECKING:
     from llava.prompt.processor import Processor
@@ -87,16 +88,18 @@ def load(
     """Open a model from a folder or hub id: `loaded = llava.load("llava-hf/llava-1.5-7b-hf")`.
 
     base: the language model (or whole LLaVA) that a projector, LoRA or delta folder stands on. device, dtype: names
-    ("cuda:0", "bfloat16"); chosen for this machine when None. load_in: quantise the language model's linear layers
+    ("cuda:0", "bfloat16"); chosen for this machine when None; "spread" or "cuda:0,cuda:1" shares the language model's
+    blocks between devices. load_in: quantise the language model's linear layers
     (needs `llava[quant]`). vision_tower: the tower's folder, where the one that config.json names is elsewhere.
     merge_lora: False leaves a LoRA beside the weights. template: the chat template, where config.json names none.
     storage: as in `opened.materialise`. Raises UnknownFormatError when no layout fits, CheckpointError when tensors
     are missing, unexpected or of a wrong shape.
     """
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower, merge_lora=merge_lora, template=template)
-    where = pick_device(device)
+    spread = spread_devices(device) if device is not None and (device == "spread" or "," in device) else []
+    where = spread[0] if spread else pick_device(device)
     what = pick_dtype(where, dtype)
-    model, report = materialise(opened, device=where, dtype=what, load_in=load_in, storage=storage)
+    model, report = materialise(opened, device=where, dtype=what, load_in=load_in, storage=storage, spread=spread)
     return Loaded(model, opened.processor(), report, opened)
 
 

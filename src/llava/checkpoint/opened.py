@@ -6,7 +6,7 @@ tensor by tensor and accounts for every one: loaded, tied, or ignored for a stat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from llava.errors import CheckpointError
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
 from llava.model.lora import ADAPTER, attach_lora
+from llava.model.spread import carry_between, place_of, plan_spread
 
 if TYPE_CHECKING:
     from llava.prompt.processor import Processor
@@ -110,7 +111,7 @@ class LoadReport:
 
 def empty_model(config: LlavaConfig) -> Llava:
     """The module of a configuration with parameters on the meta device (no memory) and real computed tables."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         return Llava.from_config(config)
@@ -177,11 +178,13 @@ def materialise(
     dtype: torch.dtype,
     load_in: LoadIn | None = None,
     storage: Callable[[Llava], Mapping[str, Storage]] | None = None,
+    spread: Sequence[torch.device] = (),
 ) -> tuple[Llava, LoadReport]:
     """The model with every tensor read, on `device` in `dtype` (floating ones), and the account of all of them.
 
     load_in: pack the language model's linear layers to 4 or 8 bit as they arrive. storage: for training; given the
-    module before its weights, says by name which of them are held otherwise.
+    module before its weights, says by name which of them are held otherwise. spread: the devices that share the
+    language model's blocks, `device` first (llava.model.spread).
     Raises CheckpointError as `check_tensors` does, and when a stored output layer contradicts the tying.
     """
     model = empty_model(opened.config)
@@ -192,6 +195,7 @@ def materialise(
         import_bitsandbytes(load_in)
         packed = packed_layers(model)
     chosen = {} if storage is None else storage(model)
+    plan = plan_spread(model, spread) if spread else {}
     # .bin shards can only be opened whole: read each once
     order = sorted(expected, key=lambda name: (str(opened.tensors[name].file), name))
     for name in order:
@@ -202,12 +206,13 @@ def materialise(
         place = expected[name][0]
         path, _, leaf = place.rpartition(".")
         held_as = chosen.get(place, dtype)
+        where = place_of(place, plan, device)
         if isinstance(held_as, Nf4):
-            pack_layer(model, path, value.to(held_as.compute), load_in="4bit", device=device, training=True)
+            pack_layer(model, path, value.to(held_as.compute), load_in="4bit", device=where, training=True)
         elif load_in is not None and leaf == "weight" and path in packed:
-            pack_layer(model, path, value.to(dtype), load_in=load_in, device=device)
+            pack_layer(model, path, value.to(dtype), load_in=load_in, device=where)
         else:
-            set_parameter(model, place, value.to(device, held_as))
+            set_parameter(model, place, value.to(where, held_as))
     tied = tied_names(model)
     if tied and HEAD in opened.tensors:
         _check_tied(opened)
@@ -217,7 +222,11 @@ def materialise(
     close_files()
     if opened.adapter is not None:
         _attach(model, opened.adapter, device, dtype)
-    model.to(device).eval()
+    if plan:
+        carry_between(model, plan)
+        model.eval()
+    else:
+        model.to(device).eval()
     report = LoadReport(
         format=opened.format,
         folder=opened.folder,

@@ -54,8 +54,8 @@ def is_lean(language_model: Any) -> bool:
     rotation = getattr(language_model.model.rotary_emb, "rope_type", "default")
     devices = {parameter.device for parameter in language_model.parameters()}
     # under autocast (a model that is asked while it trains) formats change from layer to layer; here they may not
-    one_format = not any(torch.is_autocast_enabled(device.type) for device in devices)
-    return not has_window and rotation in _LEAN_ROTATIONS and len(devices) == 1 and one_format
+    together = len(devices) == 1 and not torch.is_autocast_enabled(devices.pop().type)
+    return not has_window and rotation in _LEAN_ROTATIONS and together
 
 
 class LeanDecoder:

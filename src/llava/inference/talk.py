@@ -284,7 +284,8 @@ def load(
     """Open a model from a folder or hub id, to talk to, to train or to look at: `m = llava.load(path)`.
 
     base: the language model (or whole LLaVA) that a projector, LoRA or delta folder stands on. device, dtype: names
-    ("cuda:0", "bfloat16"); chosen for this machine when None. load_in: quantise the language model's linear layers
+    ("cuda:0", "bfloat16"); chosen for this machine when None; "spread" or "cuda:0,cuda:1" shares the language model's
+    blocks between devices. load_in: quantise the language model's linear layers
     (needs `llava[quant]`). vision_tower: the tower's folder, where the one that config.json names is elsewhere.
     merge_lora: False leaves a LoRA beside the weights. template: the chat template, where config.json names none.
     Raises UnknownFormatError when no layout fits, CheckpointError when tensors are missing, unexpected or of a wrong
@@ -300,7 +301,7 @@ def load(
         merge_lora=merge_lora,
         template=template,
     )
-    return Model(loaded.model, loaded.processor, loaded.report)
+    return Model(loaded.model, loaded.processor, loaded.report, loaded.opened)
 
 
 def read_sampling(values: dict[str, Any]) -> SamplingParams:
