@@ -26,7 +26,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # How long a collective waits: longer than the first process takes to write a checkpoint of a large model. A process
 # that dies is noticed at once all the same (its connections close, and its launcher ends the others).
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-_FAILED = "llava/failed"
+# Set in the processes' store by the one that failed first, to its number.
+FAILED_KEY = "llava/failed"
 # How a lost neighbour shows up in the words of gloo, NCCL and the store.
 _LOST = (
     "connection closed",
@@ -171,6 +172,9 @@ def joined(device: torch.device) -> Iterator[None]:
             raise PeerFailedError(f"process {first} failed first") from error
         raise
     finally:
+        # gloo's thread may still need Python's lock to let go of the last message's tensor. What destroys the group
+        # waits for that thread with the lock held, for ever, when an error gets there in under 5 ms.
+        time.sleep(0.05)
         dist.destroy_process_group()
 
 
@@ -245,10 +249,10 @@ def _first_to_fail(store: Any, error: Exception) -> int | None:
     is_echo = not isinstance(error, LlavaError) and any(word in str(error).lower() for word in _LOST)
     try:
         if not is_echo:
-            return int(store.compare_set(_FAILED, "", str(rank())))
+            return int(store.compare_set(FAILED_KEY, "", str(rank())))
         for _ in range(20):  # the one that failed may still be on its way to say so
-            if store.check([_FAILED]):
-                return int(store.get(_FAILED))
+            if store.check([FAILED_KEY]):
+                return int(store.get(FAILED_KEY))
             time.sleep(0.1)
     except RuntimeError:  # the store went away with the process that kept it
         return None if is_echo else rank()

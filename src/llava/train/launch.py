@@ -15,10 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+from llava.distributed import FAILED_KEY
 from llava.train.stopping import LIFELINE
 
 # Exit codes of a command beside 0: what it could not do and has said, stopped, and another process failed first.
@@ -26,6 +27,8 @@ _REFUSED, _STOPPED, ECHO = 2, 130, 75
 # How long the others may take to end by themselves after one has failed. A collective on a GPU never ends by itself.
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.1
+# What torch puts before the names of keys, in newer and older versions.
+_PREFIXES = ("", "/worker/attempt_0/")
 
 
 def launch(arguments: Sequence[str], *, processes: int, module: str = "llava") -> int:
@@ -49,7 +52,7 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "llava") -
     ]
     try:
         with _signals_passed_on(workers):
-            _wait(workers)
+            _wait(workers, lambda: any(store.check([prefix + FAILED_KEY]) for prefix in _PREFIXES))
     finally:
         ours = _kill(workers)
     codes = [ECHO if worker in ours else worker.returncode for worker in workers]
@@ -77,11 +80,11 @@ def _environment(number: int, processes: int, *, port: int) -> dict[str, str]:
     }
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has failed and the others have had their time."""
+def _wait(workers: Sequence[subprocess.Popen[bytes]], one_has_failed: Callable[[], bool]) -> None:
+    """Until all have ended, or one has failed (and said so, or ended) and all have had their time."""
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers):
-        failed = any(worker.poll() not in (None, 0, _STOPPED) for worker in workers)
+        failed = any(worker.poll() not in (None, 0, _STOPPED) for worker in workers) or one_has_failed()
         if failed and deadline == float("inf"):
             deadline = time.monotonic() + _GRACE_SECONDS
         if time.monotonic() > deadline:
