@@ -26,6 +26,7 @@ _CORE = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", 
 _EXTRAS = {
     "quant": "models in 4 and 8 bit",
     "export": "writing GGUF files",
+    "track": "numbers of a run in TensorBoard, Weights & Biases or trackio",
     "parquet": "data sets in parquet files",
     "serve": "answering over HTTP",
     "test": "this project's own tests",
