@@ -20,7 +20,7 @@ from tests.train.kill_server import KillServer, write_world
 
 KINDS = {
     "stage1": ["data.template=plain"],
-    "stage2": ["tune.language_model=full"],
+    "stage2": ["tune.language_model=full", "run.micro_batch_tokens=96"],  # several micro-batches a step
     "lora": ["tune.language_model=lora", "tune.language_model_lora.rank=4"],
     "faulty": ["data.files=[WORLD/faulty.json]", "data.max_bad_share=0.2"],  # a picture is not there
 }
