@@ -20,8 +20,8 @@ from pathlib import Path
 from llava.quickstart.answering import open_answerer
 from llava.quickstart.bases import shipped_bases
 from llava.quickstart.measure import measure
-from llava.quickstart.run import QuickstartSettings, _align_overrides, _draw, _instruct_overrides, _quoted
 from llava.quickstart.run import Audience as Quiet
+from llava.quickstart.run import QuickstartSettings, _align_overrides, _draw, _instruct_overrides, _quoted
 from llava.train.recipe import load_recipe
 from llava.train.run import run_recipe
 
@@ -30,7 +30,10 @@ ORDERS = {"grouped": [], "shuffled": ["data.group_by_picture=false", "data.conve
 
 def run_seed(folder: Path, seed: int, steps: int, held_out: int) -> dict[str, dict[str, float]]:
     """Share right by kind of question for both orders."""
-    settings = QuickstartSettings(seed=seed)
+    # As many scenes as the steps will show; stage 1 as long as the quickstart's own.
+    settings = QuickstartSettings(
+        seed=seed, num_scenes=12 * steps, align_overrides=(f"optim.epochs={0.3 * 10_000 / (12 * steps):.3f}",)
+    )
     bases = shipped_bases()
     data, align = folder / "data", folder / "align"
     if not data.exists():
@@ -49,7 +52,7 @@ def run_seed(folder: Path, seed: int, steps: int, held_out: int) -> dict[str, di
         run_recipe(load_recipe("quickstart-instruct", overrides))
         seconds = time.perf_counter() - started
         result = measure(open_answerer(out), seed=seed, num_scenes=held_out)
-        found[order] = {**{str(kind): float(share) for kind, share in result.accuracy().items()}, "seconds": seconds}
+        found[order] = {**{str(kind): share.model for kind, share in result.accuracy().items()}, "seconds": seconds}
         print(seed, order, {kind: round(share, 3) for kind, share in found[order].items()}, flush=True)
     return found
 
