@@ -118,7 +118,14 @@ def test_no_bad_sample_is_forgiven_when_the_share_is_zero() -> None:
 
 @pytest.mark.parametrize(
     ("share", "seen", "conversations", "expected"),
-    [(0.001, 1, 10**6, 10), (0.001, 10**5, 10**6, 100), (0.0, 10**6, 10**6, 0), (0.001, 30, 30, 3), (1.0, 30, 30, 30)],
+    [
+        (0.001, 1, 10**6, 10),
+        (0.001, 10**5, 10**6, 100),
+        (0.0, 10**6, 10**6, 0),
+        (0.001, 30, 30, 3),
+        (0.001, 1, 1, 0),
+        (1.0, 30, 30, 30),
+    ],
 )
 def test_the_share_has_a_floor(share: float, seen: int, conversations: int, expected: int) -> None:
     assert allowed(share, seen=seen, conversations=conversations) == expected

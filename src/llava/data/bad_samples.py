@@ -122,7 +122,8 @@ def allowed(max_share: float, *, seen: int, conversations: int) -> int:
     """
     if max_share == 0:
         return 0
-    return max(math.floor(max_share * seen), min(_FORGIVEN, math.ceil(_FORGIVEN_SHARE * conversations)))
+    forgiven = min(_FORGIVEN, math.ceil(_FORGIVEN_SHARE * conversations), conversations - 1)  # never all of them
+    return max(math.floor(max_share * seen), forgiven)
 
 
 def refuse_unusable(conversations: ConversationSet, *, max_share: float) -> None:

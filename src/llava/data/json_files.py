@@ -1,6 +1,6 @@
 """JSON lists and JSONL: one pass finds where each record begins; the text itself stays on disk.
 
-A file of millions of records costs some 24 bytes a record. A broken line of a JSONL file is a broken record, refused
+A file of millions of records costs some 30 bytes a record. A broken line of a JSONL file is a broken record, refused
 when it is read; a broken list cannot be read on from the break, so it is refused as a whole, with the line.
 """
 
@@ -32,7 +32,7 @@ class RecordPlaces:
     """Where the records are: byte of the start, bytes, 1-based line; one entry a record. broken: which are no JSON."""
 
     starts: array[int] = field(default_factory=lambda: array("q"))
-    lengths: array[int] = field(default_factory=lambda: array("I"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
     lines: array[int] = field(default_factory=lambda: array("I"))
     broken: array[int] = field(default_factory=lambda: array("I"))
 
