@@ -167,3 +167,11 @@ def test_blocks_and_targets_are_found_in_other_language_models(family: str) -> N
     names = trained(model)
     assert any(".1." in name for name in names) and not any(".0." in name for name in names)
     assert any("norm" in name and ".1." not in name for name in names), "the final norm"
+
+
+def test_a_recipe_that_names_one_value_of_a_lora_keeps_the_others() -> None:
+    tune = TuneSection.model_validate({"language_model": "lora", "language_model_lora": {"dropout": 0.0}})
+    assert tune.language_model_lora == LoraSection(rank=128, alpha=256.0, dropout=0.0)
+    assert TuneSection().language_model_lora == LoraSection(rank=128, alpha=256.0)
+    tower = TuneSection.model_validate({"vision_tower": "lora", "vision_tower_lora": {"rank": 8}})
+    assert tower.vision_tower_lora == LoraSection(rank=8)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Rate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -150,6 +150,10 @@ class LoraSection(Section):
     )
 
 
+# LLaVA-1.5's own; a recipe that names only one of them keeps the others.
+_LANGUAGE_LORA = {"rank": 128, "alpha": 256.0}
+
+
 class TuneSection(Section):
     """What learns, part by part.
 
@@ -167,6 +171,11 @@ class TuneSection(Section):
     vision_tower_lora: LoraSection = LoraSection()
     projector_lora: LoraSection = LoraSection()
     language_model_lora: LoraSection = LoraSection(rank=128, alpha=256.0)
+
+    @field_validator("language_model_lora", mode="before")
+    @classmethod
+    def _keep_the_other_defaults(cls, given: object) -> object:
+        return {**_LANGUAGE_LORA, **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _something_learns(self) -> TuneSection:
