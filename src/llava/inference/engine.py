@@ -455,7 +455,8 @@ class Engine:
                 job.generation.error = error
         self._free(jobs)
 
-    def _make_job(self, encoded: Encoded, params: SamplingParams) -> _Job:
+    def room_after(self, encoded: Encoded) -> int:
+        """How many tokens an answer to this prompt may have. Raises ContextLengthError when there is room for none."""
         length = len(encoded.input_ids)
         if length == 0:
             raise EngineError("an empty prompt cannot be answered; give at least one token")
@@ -466,6 +467,10 @@ class Engine:
                 f"the prompt has {length} tokens{seen}, and the model's context is {self.context_length}; "
                 "shorten it, drop a picture or start a new conversation"
             )
+        return room
+
+    def _make_job(self, encoded: Encoded, params: SamplingParams) -> _Job:
+        room = self.room_after(encoded)
         generation = Generation(self, Request(encoded, params), max_new_tokens=min(params.max_new_tokens, room))
         ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int64)
         pictures = read_pictures(encoded)

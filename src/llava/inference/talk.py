@@ -143,7 +143,8 @@ class Model(Loaded):
     ) -> list[str]:
         """Answers to (picture, question) pairs, in order.
 
-        on_answer: hears of each as soon as it is there: its number, the text (None where it failed) and the error.
+        pairs may be made as they are asked for: what reading one raises counts as its failure. on_answer: hears of each
+        as soon as it is there: its number, the text (None where it failed) and the error.
         """
         if on_error not in ("raise", "skip"):
             raise UsageError(f"on_error = {on_error!r}: it is 'raise' or 'skip'")
@@ -219,7 +220,9 @@ class Model(Loaded):
 
     def _encode(self, image: Image, question: str) -> Encoded:
         conversation = Conversation((Message("user", (image, Text(question))),))
-        return self.processor.encode(conversation, open_turn=True)
+        encoded = self.processor.encode(conversation, open_turn=True)
+        self.assistant.engine.room_after(encoded)
+        return encoded
 
     def _with_stops(self, params: SamplingParams) -> SamplingParams:
         stops = dict.fromkeys((*params.stop_token_ids, *self.processor.stop_token_ids))
@@ -234,15 +237,20 @@ class Model(Loaded):
 
 
 class Chat:
-    """A conversation under way. What was said is in `messages`; earlier turns are not read again."""
+    """A conversation under way. What was said is in `messages`; earlier turns are not read again.
+
+    Everything in it may be changed between two questions, the assistant too: another model then goes on.
+    """
 
     def __init__(
         self, assistant: Assistant, params: SamplingParams, *, system: str | None = None, allow_urls: bool = False
     ) -> None:
-        self._assistant = assistant
-        self._allow_urls = allow_urls
+        self.assistant = assistant
         self.params = params
-        self.messages: list[Message] = [] if system is None else [Message("system", (Text(system),))]
+        self.system = system
+        self.allow_urls = allow_urls
+        self.messages: list[Message] = []
+        self._under_way: AnswerStream | None = None
 
     def ask(self, question: str, pictures: Pictures | None = None) -> str:
         """Ask and get the whole answer. An error leaves the conversation as it was."""
@@ -250,13 +258,23 @@ class Chat:
 
     def stream(self, question: str, pictures: Pictures | None = None) -> Iterator[str]:
         """Ask and get the answer piece by piece. Breaking off ends the answer; what was said of it stays."""
-        shown = [] if pictures is None else gather_pictures(pictures, allow_urls=self._allow_urls)
-        asked = Message("user", (*shown, Text(question)))
-        stream = self._assistant.stream(Conversation((*self.messages, asked)), self.params)
+        shown = [] if pictures is None else gather_pictures(pictures, allow_urls=self.allow_urls)
+        return self.respond(Message("user", (*shown, Text(question))))
+
+    def respond(self, asked: Message) -> Iterator[str]:
+        """As `stream`, for a user's message that is there already."""
+        system = () if self.system is None else (Message("system", (Text(self.system),)),)
+        stream = self.assistant.stream(Conversation((*system, *self.messages, asked)), self.params)
         return self._read(asked, stream)
+
+    def stop(self) -> None:
+        """End the answer under way, from a signal handler or another thread; what was said of it stays."""
+        if self._under_way is not None:
+            self._under_way.cancel()
 
     def _read(self, asked: Message, stream: AnswerStream) -> Iterator[str]:
         said: list[str] = []
+        self._under_way = stream
         try:
             for piece in stream:
                 piece = piece if said else piece.lstrip()
@@ -267,6 +285,8 @@ class Chat:
             stream.cancel()
             self.messages += [asked, Message("assistant", (Text("".join(said).strip()),))]
             raise
+        finally:
+            self._under_way = None
         self.messages += [asked, Message("assistant", (Text("".join(said).strip()),))]
 
 
