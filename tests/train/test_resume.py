@@ -13,11 +13,12 @@ import torch
 from llava.checkpoint.load import load
 from llava.errors import LlavaError, TrainingError
 from llava.train import resume
+from llava.train.journal import read_lines
 from llava.train.loop import StepRecord
 from llava.train.progress import Watcher
 from llava.train.recipe import load_recipe
 from llava.train.resume import FREE_TO_CHANGE, differences, digest_tensor, held_folder
-from llava.train.run import RunStoppedError, run_recipe
+from llava.train.run import RunResult, RunStoppedError, run_recipe
 from llava.train.sections import Recipe
 from tests.train.kill_server import write_world
 
@@ -211,6 +212,35 @@ def test_a_checkpoint_of_another_format_is_refused(
     monkeypatch.setattr("llava.train.state.FORMAT", 99)
     with pytest.raises(TrainingError, match="a checkpoint of format 2, this version writes 99"):
         run_recipe(recipe_of(world, f"run.out={tmp_path}/run"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["tune.language_model=last_layers", "tune.language_model_layers=1"],
+        ["tune.vision_tower=lora", "tune.language_model=lora"],
+        ["tune.vision_tower=full", "run.dtype=bfloat16"],
+        ["tune.language_model=qlora"],
+        ["tune.language_model=full", "optim.optimizer=adamw_8bit"],
+    ],
+    ids=["last layers", "lora on both", "tower in bfloat16", "qlora", "8-bit moments"],
+)
+def test_every_way_of_learning_goes_on_to_the_same_bits(world: Path, tmp_path: Path, changes: list[str]) -> None:
+    if {"tune.language_model=qlora", "optim.optimizer=adamw_8bit"} & {*changes}:
+        pytest.importorskip("bitsandbytes", reason="needs pip install 'llava[quant]'")
+    whole = run_recipe(recipe_of(world, f"run.out={tmp_path}/whole", *changes))
+    cut = recipe_of(world, f"run.out={tmp_path}/cut", *changes)
+    with pytest.raises(RunStoppedError):
+        run_recipe(cut, watcher=StopAfter(4))
+    resumed = run_recipe(cut)
+    assert resumed.first_step == 4
+
+    def ending(run: RunResult) -> list[object]:
+        files = sorted([*run.out_dir.glob("*.safetensors"), *run.out_dir.glob("*.bin")])
+        losses = [line["loss"].hex() for line in read_lines(run.metrics_path)]
+        return [losses, [(path.name, path.read_bytes()) for path in files]]
+
+    assert ending(resumed) == ending(whole)
 
 
 # --- digests -----------------------------------------------------------------------------------------------------
