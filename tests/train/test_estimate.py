@@ -13,7 +13,7 @@ from llava.data.batch import Batch
 from llava.data.loader import GlobalStep, Layout, lay_out
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava
-from llava.train.estimate import MicroBatch, Sharding, count_state, estimate_memory, trace_step
+from llava.train.estimate import MicroBatch, OptimizerName, Sharding, count_state, estimate_memory, trace_step
 from llava.train.loop import Trainer
 from llava.train.sections import OptimSection, TuneSection
 from llava.train.stages import apply_stage
@@ -94,12 +94,14 @@ def test_the_traced_peak_is_what_the_profiler_measures(tune: TuneSection, dtype:
         assert traced == pytest.approx(measured, rel=0.02), accumulates  # agrees to 0.1 % here; 2 % for other kernels
 
 
-def test_weights_gradients_and_moments_are_exact() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_weights_gradients_and_moments_are_exact(optimizer: OptimizerName) -> None:
     model = build_wide_llava()
     apply_stage(model, STAGE_2)
-    trainer = Trainer(model, optim=OptimSection(learning_rate=1e-3), total_steps=9, dtype=torch.float32)
+    optim = OptimSection(learning_rate=1e-3, optimizer=optimizer)
+    trainer = Trainer(model, optim=optim, total_steps=9, dtype=torch.float32)
     batch = make_batch()
-    state = count_state(model, dtype=torch.bfloat16)
+    state = count_state(model, optimizer, dtype=torch.bfloat16)
     torch.autograd.backward(trainer.summed_loss(batch))
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     trainer.optimizer.step()

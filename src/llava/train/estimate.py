@@ -25,6 +25,7 @@ from torch import nn
 from llava.data.batch import Batch
 from llava.model.llava import Llava
 from llava.model.tree_attention import TreeLayout
+from llava.train.adamw_8bit import BLOCK, SMALLEST
 from llava.train.loss import answer_loss
 from llava.train.memory_trace import MemoryTrace, Peak, fake_copy, fake_layout
 
@@ -32,8 +33,6 @@ from llava.train.memory_trace import MemoryTrace, Peak, fake_copy, fake_layout
 RESERVE_BYTES = 1 << 30
 FRAGMENT_SHARE = 0.03
 _BLOCKS_IN_FLIGHT = 2  # FSDP gathers the next block while one computes
-_EIGHT_BIT_SMALLEST = 4096  # bitsandbytes keeps the moments of smaller tensors in float32
-_EIGHT_BIT_BLOCK = 256  # with one float32 a block
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 
@@ -243,8 +242,8 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
 
 def _moment_bytes(parameter: nn.Parameter, optimizer: OptimizerName) -> int:
     count = parameter.numel()
+    step = 4  # its number
     if optimizer == "adamw_8bit":
-        if count < _EIGHT_BIT_SMALLEST:
-            return 8 * count
-        return 2 * (count + 4 * math.ceil(count / _EIGHT_BIT_BLOCK))
-    return 2 * count * parameter.element_size() + 4  # and the step's number
+        small = count < SMALLEST
+        return step + (8 * count if small else 2 * (count + 4 * math.ceil(count / BLOCK)))
+    return step + 2 * count * parameter.element_size()
