@@ -16,10 +16,10 @@ from llava.checkpoint import huggingface, mmpretrain, original, paddle, tuned, x
 from llava.checkpoint.fingerprint import NEW
 from llava.checkpoint.folders import find_folder as find_folder
 from llava.checkpoint.folders import read_config as read_config
-from llava.checkpoint.opened import EMBEDDINGS, HEAD, LoadReport, Opened, OpenOptions, materialise
+from llava.checkpoint.opened import EMBEDDINGS, HEAD, LoadReport, Opened, OpenOptions, materialise, set_parameter
 from llava.checkpoint.parts import open_language_model, open_tower
 from llava.checkpoint.processors import make_processor, open_tokenizer
-from llava.checkpoint.quantised import Storage
+from llava.checkpoint.quantised import Nf4, Storage, pack_layer
 from llava.checkpoint.weights import Source, held
 from llava.distributed import pick_device, pick_dtype
 from llava.errors import UnknownFormatError
@@ -173,10 +173,34 @@ def build(
         seed=seed,
     )
     where = pick_device(device)
-    model, report = materialise(opened, device=where, dtype=pick_dtype(where, dtype), storage=storage)
+    what = pick_dtype(where, dtype)
+    if storage is None or not match_embedding_scale:
+        model, report = materialise(opened, device=where, dtype=what, storage=storage)
+    else:
+        # The scale is that of the tower as it is on disk, whatever it is held as afterwards.
+        model, report = materialise(opened, device=where, dtype=what, storage=lambda model: _but_tower(storage(model)))
     if match_embedding_scale:
         _match_embedding_scale(model, seed)
+        if storage is not None:
+            _hold_tower(model, storage(model), where)
     return Loaded(model, opened.processor(), report, opened)
+
+
+def _but_tower(storage: Mapping[str, Storage]) -> dict[str, Storage]:
+    return {name: held_as for name, held_as in storage.items() if not name.startswith("vision_tower.")}
+
+
+def _hold_tower(model: Llava, storage: Mapping[str, Storage], device: torch.device) -> None:
+    """Hold the tower's weights as a run wants them."""
+    for name, held_as in storage.items():
+        if not name.startswith("vision_tower."):
+            continue
+        value = model.get_parameter(name).detach()
+        if isinstance(held_as, Nf4):
+            path = name.rpartition(".")[0]
+            pack_layer(model, path, value.to(held_as.compute), load_in="4bit", device=device, training=True)
+        else:
+            set_parameter(model, name, value.to(held_as))
 
 
 def open_parts(
