@@ -1,6 +1,5 @@
 """Two processes compute what one does, whatever each of them has to read."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,12 +14,6 @@ from tests.train.parallel_cases import Case, Modality, take_gradients, take_step
 from tests.train.process_pair import ProcessPair
 
 MODES: tuple[Mode, ...] = ("ddp", "zero2", "zero3")
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[ProcessPair]:
-    with ProcessPair() as made:
-        yield made
 
 
 def assert_equal_gradients(got: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -54,7 +47,7 @@ def test_micro_batches_of_one_row_have_the_loss_and_gradient_of_one_batch() -> N
     assert_equal_gradients(take_gradients(Case(many=True)), take_gradients(Case(many=False)))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
 def test_every_pattern_of_pictures_and_text_on_two_processes_gives_the_gradient_of_one(
     pair: ProcessPair, mode: Mode
 ) -> None:

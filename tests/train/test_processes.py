@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,12 +33,6 @@ def whole(recipe: Path) -> Path:
     out = recipe.parent / "whole"
     assert run_part(Part(recipe, out))["ended"] == "finished"
     return out
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[ProcessPair]:
-    with ProcessPair() as made:
-        yield made
 
 
 def assert_same_run(out: Path, whole: Path) -> None:
@@ -89,6 +82,20 @@ def test_a_run_goes_on_with_the_weights_spread_in_another_way(
     assert load(out, device="cpu", dtype="float32").processor.template.name == "llava_hf"
 
 
+def test_dropout_draws_the_same_after_a_stop(recipe: Path, pair: ProcessPair, tmp_path: Path) -> None:
+    lora = "tune={language_model: lora, language_model_lora: {rank: 4, dropout: 0.5}}"
+    for changes in ((lora, "run.parallel=ddp"), (lora, "run.parallel=zero3")):
+        name = changes[1].partition("=")[2]
+        whole = pair.run(run_part, Part(recipe, tmp_path / f"{name}-whole", changes))[0]
+        cut = tmp_path / f"{name}-cut"
+        assert "stopped" in pair.run(run_part, Part(recipe, cut, changes, stop_after=3))[0]["ended"]
+        resumed = pair.run(run_part, Part(recipe, cut, changes))[0]
+        losses = [[float(line["loss"]).hex() for line in part["lines"]] for part in (whole, resumed)]
+        assert losses[0] == losses[1]
+    without = run_part(Part(recipe, tmp_path / "without", (lora.replace("0.5", "0.0"), "optim.max_steps=2")))["lines"]
+    assert without[1]["loss"] != whole["lines"][1]["loss"], "nothing was dropped"
+
+
 def test_sample_answers_are_given_by_one_process_and_refused_where_none_has_the_model(
     recipe: Path, pair: ProcessPair, tmp_path: Path
 ) -> None:
@@ -101,6 +108,16 @@ def test_sample_answers_are_given_by_one_process_and_refused_where_none_has_the_
     assert steps == [0, 3, 6]
     for part in pair.run(run_part, Part(recipe, tmp_path / "zero", (*changes, "run.parallel=zero3"))):
         assert part["ended"].startswith("RecipeError: run.sample_every: under zero3 no process holds the whole model")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_recomputed_activations_change_nothing(
+    recipe: Path, whole: Path, pair: ProcessPair, tmp_path: Path, mode: str
+) -> None:
+    changes = (f"run.parallel={mode}", "run.activation_checkpointing=full", "run.micro_batch_tokens=64")
+    for part in pair.run(run_part, Part(recipe, tmp_path / "run", changes)):
+        assert part["ended"] == "finished"
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_offloading_without_anything_to_offload_from_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 
@@ -47,6 +49,15 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except PeerFailedError:
-        raise typer.Exit(ECHO) from None
+        _leave(ECHO)
     except LlavaError as error:
-        raise LlavaError(f"process {rank()} of {world_size()}: {error}") from error
+        text = " ".join(str(error).split())
+        print(f"llava train: process {rank()} of {world_size()}: {text}", file=sys.stderr)
+        _leave(2)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: taking apart what the processes talk through may wait for one that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
