@@ -38,6 +38,8 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command("llava.cli.quickstart:quickstart", "Train a tiny LLaVA in minutes and see how well it sees."),
     "chat": Command("llava.cli.chat:chat", "Talk with a model about pictures, or ask one question and leave."),
     "serve": Command("llava.cli.serve:serve", "Answer OpenAI chat-completions requests over HTTP."),
+    "caption": Command("llava.cli.caption:caption", "Describe all pictures of a folder into a file."),
+    "vqa": Command("llava.cli.vqa:vqa", "Answer a file of questions about pictures into a file."),
     "train": Command("llava.cli.train:train", "Train a model as a recipe says; run it again to resume."),
     "recipe": Command("llava.cli.recipe:app", "List, show and explain training recipes."),
     "data": Command("llava.cli.data:app", "Check, show and convert data sets."),

@@ -148,6 +148,8 @@ class Model(Loaded):
         """
         if on_error not in ("raise", "skip"):
             raise UsageError(f"on_error = {on_error!r}: it is 'raise' or 'skip'")
+        if not 1 <= beams <= 64:
+            raise UsageError(f"beams = {beams!r}: a whole number from 1 to 64")
         params = self._with_stops(read_sampling(sampling))
         answers = [""] * len(pairs)
         with _progress(len(pairs), progress) as advance:

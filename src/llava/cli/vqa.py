@@ -1,0 +1,74 @@
+"""`llava vqa QUESTIONS`: questions about pictures, answered in batches into a file that can be continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava.cli.answering import (
+    BeamsOption,
+    ForceOption,
+    OutOption,
+    SeedOption,
+    ShowOption,
+    TemperatureOption,
+    TokensOption,
+    Wording,
+    answer_questions,
+)
+from llava.cli.opening import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    LoadInOption,
+    ModelOption,
+    Opening,
+    TemplateOption,
+    UrlsOption,
+)
+
+
+def vqa(
+    questions: Annotated[
+        list[str],
+        typer.Argument(help='JSONL with "image" and "text" in each line; or folders and pictures, with -q.'),
+    ],
+    question: Annotated[
+        list[str] | None, typer.Option("-q", "--question", help="Ask this of every picture; may be repeated.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="The folder that paths in JSONL start from; its own when not given.")
+    ] = None,
+    model: ModelOption = None,
+    beams: BeamsOption = 1,
+    out: OutOption = None,
+    show_dir: ShowOption = None,
+    force: ForceOption = False,
+    allow_urls: UrlsOption = False,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = None,
+    max_new_tokens: TokensOption = 512,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    load_in: LoadInOption = None,
+) -> None:
+    """Answer questions about pictures, many at a time.
+
+    With --out it goes on where it was stopped or killed. A picture that cannot be read is a line with an "error" there,
+    counted at the end; the exit code stays 0.
+    """
+    from llava.inference.questions import read_questions
+
+    answer_questions(
+        read_questions(questions, ask=question or [], images=images, allow_urls=allow_urls),
+        Opening(model, base=base, template=template, device=device, dtype=dtype, load_in=load_in),
+        Wording(beams, temperature, seed, max_new_tokens),
+        command="llava vqa",
+        out=out,
+        show_dir=show_dir,
+        force=force,
+    )
