@@ -69,8 +69,13 @@ class BadSamples:
             return
         if self._entries:
             self._write(self._entries.values(), mode="w")
-        else:
+            return
+        try:
             self._path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self._path}: an earlier run's list cannot be removed ({error.strerror}); remove it or fix the folder"
+            ) from error
 
     def note(self, found: Iterable[BadSample], *, seen: int) -> None:
         """Add a step's bad samples, of `seen` conversations. Raises DataError when there are too many by now."""
