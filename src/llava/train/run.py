@@ -114,6 +114,8 @@ def _run(recipe: Recipe, out_dir: Path, *, resume: bool, watcher: Watcher) -> Ru
 def _train(prepared: Prepared, watcher: Watcher) -> float | None:
     """Steps until the plan ends or somebody asks to stop; returns the last step's loss."""
     run, loader = prepared.recipe.run, prepared.loader
+    conversations = prepared.conversations
+    prepared.trainer.guard.report_to(None, lambda numbers: [*iterate_origins(conversations, numbers)])
     journals = _Journals.open(prepared) if _is_first() else None
     lines = read_metrics(journals.metrics.path) if journals else []
     loss: float | None = lines[-1]["loss"] if lines else None
@@ -297,6 +299,8 @@ def _describe(prepared: Prepared, *, state: str) -> None:
         "seed": recipe.run.seed,
         "versions": _versions(),
         "device": str(prepared.trainer.device),
+        "processes": prepared.trainer.parallel.processes,
+        "parallel": prepared.trainer.parallel.mode,
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "data": prepared.conversations.fingerprint,
         "bad_samples": len(prepared.loader.bad_samples),
