@@ -230,7 +230,7 @@ class RunSection(Section):
     parallel: Literal["auto", "ddp", "zero2", "zero3"] = Field(
         default="auto",
         description="With several processes: ddp keeps the model whole on each; zero2 shards gradients and optimizer, "
-        "zero3 the weights too (FSDP2). auto: ddp for adapters and projectors, zero3 else.",
+        "zero3 the weights too (FSDP2). auto: ddp up to a billion trained parameters, else zero3.",
     )
     cpu_offload: bool = Field(default=False, description="With zero2 or zero3: weights and moments wait in CPU memory.")
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
