@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import socket
 import threading
 import time
@@ -64,7 +65,7 @@ class Running:
             "max_tokens": 4,
             "temperature": 0,
         } | body
-        return self.http.post("/v1/chat/completions", json=body)
+        return self.post(json.dumps(body).encode())
 
     def post(self, content: bytes, **headers: str) -> httpx.Response:
         """Any bytes as a request."""

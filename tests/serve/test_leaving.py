@@ -19,7 +19,6 @@ import openai
 import pytest
 
 from llava.checkpoint.load import Loaded
-from llava.serve.limits import ServeLimits
 from tests.cli.tiny_model import write_model
 from tests.serve.servers import NAME, WAIT, Gate, Running, gated, picture, running, turn, wait_until
 
@@ -59,8 +58,6 @@ def test_a_client_that_leaves_stops_its_answers_within_two_tokens(tiny: Loaded, 
         assert server.worker.service.engine.num_active == 0
         gate.open.release(100)
         assert server.ask().status_code == 200
-    log = server.http  # closed; what counts is that the server ended with nothing left
-    assert log.is_closed
 
 
 def test_a_client_that_leaves_while_its_request_waits_is_forgotten(tiny: Loaded) -> None:
@@ -127,8 +124,13 @@ def test_a_client_that_takes_nothing_has_left(tiny: Loaded) -> None:
 
 def test_draining_lets_answers_end_and_cuts_the_rest_with_an_error(tiny: Loaded) -> None:
     with gated(tiny, drain_seconds=0.3) as (server, gate):
-        short, long = connect(server, stream=True, max_tokens=3), connect(server, stream=True)
-        wait_until(lambda: server.worker.service.engine.num_active == 2)
+        engine = server.worker.service.engine
+        long = connect(server, stream=True)
+        wait_until(lambda: engine.num_active == 1)
+        short = connect(server, stream=True, max_tokens=3)
+        wait_until(lambda: engine.num_waiting == 1)
+        gate.open.release()
+        wait_until(lambda: engine.num_active == 2)
         server.server.should_exit = True
         wait_until(lambda: server.worker.draining)
         gate.open.release(3)
@@ -239,7 +241,7 @@ def test_sigterm_lets_every_answer_end_and_the_process_leaves_with_zero(tmp_path
         client.close()
 
 
-def test_limits_are_the_commands_options(tmp_path: Path) -> None:
+def test_what_the_command_cannot_do_is_one_line_and_two(tmp_path: Path) -> None:
     from llava.cli.main import main
 
     model = write_model(tmp_path / "model")
@@ -248,4 +250,5 @@ def test_limits_are_the_commands_options(tmp_path: Path) -> None:
         assert main(["serve", str(model), "--port", str(taken.getsockname()[1])]) == 2
     assert main(["serve", str(model), "--port", "0", "--load-in", "3bit"]) == 2
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 2
-    assert ServeLimits().max_waiting == 64
+    assert main(["serve", str(model), "--port", "0", "--api-key-file", str(tmp_path / "nothing")]) == 2
+    assert main(["serve", str(model), "--port", "0", "--name", ""]) == 2

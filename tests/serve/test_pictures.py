@@ -141,7 +141,8 @@ def url_forms(port: int) -> list[str]:
     forms = [f"http://{host}:{port}/a.png" for host in hosts]
     forms += [f"https://{host}:{port}/a.png" for host in hosts[:20]]
     forms += [
-        f"http:/127.0.0.1:{port}/", f"http:127.0.0.1:{port}", f"http:///127.0.0.1:{port}/", f"http:\\\\127.0.0.1:{port}\\",
+        f"http:/127.0.0.1:{port}/", f"http:127.0.0.1:{port}", f"http:///127.0.0.1:{port}/",
+        f"http:\\\\127.0.0.1:{port}\\",
         f"//127.0.0.1:{port}/", f"HtTp://127.0.0.1:{port}/", f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}/",
         f"gopher://127.0.0.1:{port}/_x", f"dict://127.0.0.1:{port}/", "file:///etc/passwd", "file://127.0.0.1/etc/passwd",
         f"jar:http://127.0.0.1:{port}/!/", f"http://127.0.0.1:{port:05d}/", f"http://127.0.0.1:{port + 65536}/",

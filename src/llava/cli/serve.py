@@ -85,23 +85,25 @@ def serve(
         max_total_pixels=max(standard.max_total_pixels, max_image_pixels),
     )
     path = model or str(_newest_quickstart())
+    name = _check_name(_name_of(path) if name is None else name)
+    quantisation = _quantisation(load_in)
     # Before the model, which takes longer to open than a wrong port takes to see.
-    sock = bind(host, port, keys=keys)
-    worker = _open(
-        path,
-        name=_check_name(name or _name_of(path)),
-        limits=limits,
-        max_active=max_active,
-        allow_urls=allow_urls,
-        base=base,
-        template=template,
-        device=device,
-        dtype=dtype,
-        load_in=_quantisation(load_in),
-    )
-    print(_welcome(worker, address_of(sock), keys), file=sys.stderr, flush=True)
-    configure()
-    run(Server(worker, keys=keys, drain_seconds=drain_seconds), [sock])
+    with bind(host, port, keys=keys) as sock:
+        worker = _open(
+            path,
+            name=name,
+            limits=limits,
+            max_active=max_active,
+            allow_urls=allow_urls,
+            base=base,
+            template=template,
+            device=device,
+            dtype=dtype,
+            load_in=quantisation,
+        )
+        print(_welcome(worker, address_of(sock), keys), file=sys.stderr, flush=True)
+        configure()
+        run(Server(worker, keys=keys, drain_seconds=drain_seconds), [sock])
 
 
 def _read_keys(path: Path | None) -> list[str]:
