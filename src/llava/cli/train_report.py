@@ -8,6 +8,7 @@ from typing import Any
 from llava.train.estimate import MemoryEstimate
 from llava.train.preflight import Counted, Report
 
+_GB, _MB = (1e9, "GB"), (1e6, "MB")
 _SAVERS = (
     "run.micro_batch_tokens (fewer at once), run.activation_checkpointing=full, optim.optimizer=adamw_8bit, "
     "tune.language_model=lora or qlora, or with --devices run.parallel=zero3 and run.cpu_offload=true"
@@ -26,29 +27,31 @@ def print_report(report: Report) -> None:
     console.print(make_table(report.table, title="what trains"))
     print(_say_data(report.counted))
     print(f"Device: {_say_device(report)}")
-    console.print(_memory_table(report))
+    largest = max(estimate.total for estimate in report.memory.values())
+    unit = _GB if largest >= 2e9 else _MB
+    batch = report.batch
+    print(
+        f"Memory: a device, in {unit[1]}, by run.activation_checkpointing, with {batch.rows} x {batch.tokens:,} tokens "
+        f"and {batch.tiles} tiles at once:"
+    )
+    console.print(_memory_table(report, unit[0]))
     chosen = report.memory[report.chosen]
+    need = f"{_say_size(chosen.total)} a device"
     if not report.usable:
-        print(f"Memory: {chosen.total / 1e9:.2f} GB a device; how much this one has is not known")
+        print(f"Memory: {need}; how much this one has is not known")
     elif report.fits:
-        print(
-            f"Memory: fits, with activation_checkpointing {report.chosen}: {chosen.total / 1e9:.2f} GB a device of "
-            f"{report.usable / 1e9:.2f} usable"
-        )
+        print(f"Memory: fits, with {report.chosen}: {need} of {_say_size(report.usable)} usable")
     else:
-        print(
-            f"Memory: does NOT fit: {chosen.total / 1e9:.2f} GB a device, {report.usable / 1e9:.2f} are usable. "
-            f"What helps: {_SAVERS}"
-        )
+        print(f"Memory: does NOT fit: {need}, {_say_size(report.usable)} are usable. What helps: {_SAVERS}")
     if chosen.host:
-        print(f"        and {chosen.host / 1e9:.1f} GB of main memory for each process (run.cpu_offload)")
+        print(f"        and {_say_size(chosen.host)} of main memory for each process (run.cpu_offload)")
     count = report.sharding.processes
     peak = f"{count} x {report.device.teraflops:.3g}" if count > 1 else f"{report.device.teraflops:.3g}"
     print(
         f"Time:   {say_duration(3600 * report.hours)}: {_say_flops(report.flops)} needed, at {report.mfu:.0%} of "
         f"{peak} TFLOP/s (the share is an assumption: --mfu; a run shows its own)"
     )
-    print(f"Disk:   {report.disk_bytes / 1e9:.2f} GB for the model and its checkpoints")
+    print(f"Disk:   {_say_size(report.disk_bytes)} for the model and its checkpoints")
     if report.out_dir is not None:
         print(f"{report.out_dir}: a checkpoint was written there, read back and taken away again")
     print("all well; nothing was trained" if report.fits else "nothing was trained")
@@ -80,18 +83,14 @@ def _say_device(report: Report) -> str:
     return f"{many}{device.name} ({rate}{memory}), {report.dtype}{mode}"
 
 
-def _memory_table(report: Report) -> Any:
+def _memory_table(report: Report, unit: float) -> Any:
     from rich.table import Table
 
-    batch = report.batch
-    title = f"memory a device by run.activation_checkpointing, {batch.rows} x {batch.tokens:,} tokens at once,"
-    table = Table(title_justify="left")
+    table = Table()
     table.add_column("component")
     for mode in report.memory:
         table.add_column(f"{mode} *" if mode == report.chosen else mode, justify="right")
     columns = [dict(estimate.rows()) for estimate in report.memory.values()]
-    largest = max(column["total"] for column in columns)
-    unit, table.title = (1e9, f"{title} in GB") if largest >= 2e9 else (1e6, f"{title} in MB")
     found = {name for column in columns for name in column}
     names = [field.name.replace("_", " ") for field in fields(MemoryEstimate)]
     for name in [name for name in names if name in found]:
@@ -99,6 +98,11 @@ def _memory_table(report: Report) -> Any:
     table.add_section()
     table.add_row("total", *(f"{column['total'] / unit:,.2f}" for column in columns))
     return table
+
+
+def _say_size(size: float) -> str:
+    unit, name = _GB if size >= 2e9 else _MB
+    return f"{size / unit:,.1f} {name}"
 
 
 def _say_count(number: int) -> str:

@@ -121,6 +121,8 @@ class TerminalWatcher(Watcher):
 
         self._info = info
         self._console = Console(stderr=True)
+        if not self._console.is_terminal:
+            self._console = Console(stderr=True, width=140)  # a file has no width; rich would take 80 and cut numbers
         self._console.print(make_table(info.table, title=f"{self._label}: {info.out_dir}"))
         resumed = f", resuming after step {info.first_step}" if info.first_step else ""
         self._console.print(
