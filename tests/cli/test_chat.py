@@ -3,14 +3,20 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+import llava
 from llava.cli.main import main
+from llava.inference.answer import AnswerStream
 from tests.cli.tiny_model import IMAGE_TOKEN_ID, NUM_FEATURES
 
 FIXED = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", "12"]
@@ -144,6 +150,9 @@ def test_bad_messages_are_one_line_that_names_the_file_and_exit_code_2(
         (["-p", "a", "--max-new-tokens", "0"], "max_new_tokens"),
         (["-p", "a", "--device", "abacus"], "abacus"),
         (["-p", "a", "--dtype", "float7"], "float7"),
+        (["-p", "a", "--load-in", "3bit"], "4bit or 8bit"),
+        (["-p", "a", "--image", "https://pictures.example/a.png"], "--allow-urls"),
+        (["-p", "a", "--image", "http://127.0.0.1/a.png", "--allow-urls"], "not a public address"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(
@@ -159,3 +168,57 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
 def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", str(tmp_path), "-p", "Hello"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def says(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let every answer have this text."""
+    whole = AnswerStream.answer
+    monkeypatch.setattr(AnswerStream, "answer", lambda stream: replace(whole(stream), text=text))
+
+
+def test_the_boxes_of_one_answer_are_drawn_where_the_config_counts_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In hundredths of the original picture, which this model's config says, and not of the part that it sees."""
+    folder, picture, out = tmp_path / "model", tmp_path / "wide.png", tmp_path / "boxes.png"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    loaded = llava.load(model, device="cpu")
+    block = loaded.model.config.to_dict()["llava"] | {"boxes": {"scale": 100, "frame": "picture"}}
+    (folder / "config.json").write_text(json.dumps({**config, "llava": block}))
+    PIL.Image.new("RGB", (200, 100), "white").save(picture)
+    says(monkeypatch, "[25, 20, 75, 80]")
+    asked = ["chat", str(folder), "-p", "Where?", "--image", str(picture), "--save-boxes", str(out), *FIXED]
+    assert main(asked) == 0
+    assert capsys.readouterr().err == f"1 box drawn: {out}\n"
+    inked = np.nonzero((np.asarray(PIL.Image.open(out)) != 255).any(axis=2))
+    assert (inked[1].min(), inked[0].min(), inked[1].max(), inked[0].max()) == (50, 20, 149, 79)
+
+
+def test_an_answer_without_a_box_is_printed_and_said(
+    model: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_on_stdin: None,
+) -> None:
+    says(monkeypatch, "I see none.")
+    out = tmp_path / "boxes.png"
+    asked = ["chat", str(model), "-p", "Where?", "--image", str(picture), "--save-boxes", str(out), "--json", *FIXED]
+    assert main(asked) == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["text"] == "I see none."
+    assert "holds no box" in shown.err
+    assert not out.exists()
+
+
+def test_a_picture_from_the_web_is_answered_as_its_file(
+    model: Path, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.cli.chat_pictures._FETCHER.fetch", lambda address: picture.read_bytes())
+    address = "https://pictures.example/a.png"
+    by_path = ask(capsys, model, "-p", "What is it?", "--image", picture)
+    by_address = ask(capsys, model, "-p", "What is it?", "--image", address, "--allow-urls")
+    in_messages = ask(capsys, model, "--messages", write_messages(picture.parent, address), "--allow-urls")
+    assert by_path["token_ids"] == by_address["token_ids"] == in_messages["token_ids"]

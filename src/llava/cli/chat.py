@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llava.cli.opening import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    LoadInOption,
+    Opening,
+    TemplateOption,
+    UrlsOption,
+    working,
+)
 from llava.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
-    from llava.inference.answer import Answer, Assistant
+    from llava.inference.answer import Answer
     from llava.inference.sampling import SamplingParams
-    from llava.prompt.conversation import Conversation, ImageSource
+    from llava.inference.talk import Model
+    from llava.prompt.conversation import Conversation
 
 
 def chat(
@@ -27,19 +36,23 @@ def chat(
         str | None, typer.Option("-p", "--prompt", help="Ask this and leave; - reads the question from stdin.")
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="A picture for the first question; may be repeated.")
+        list[str] | None,
+        typer.Option("--image", "-i", help="A picture for the first question: path, URL or clip; may be repeated."),
     ] = None,
     messages: Annotated[
         str | None, typer.Option(help="Answer a file of OpenAI chat messages and leave; - is stdin.", metavar="FILE")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line with text, token ids and time.")] = False,
-    system: Annotated[str | None, typer.Option(help="Replace the template's system text.")] = None,
-    template: Annotated[str | None, typer.Option(help="Chat template; decided by the model when not given.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The model that a LoRA, projector or delta folder stands on.")
+    save_boxes: Annotated[
+        Path | None, typer.Option(help="Draw the boxes of the one answer on its picture.", metavar="FILE")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, xpu; chosen when not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; chosen when not given.")] = None,
+    allow_urls: UrlsOption = False,
+    system: Annotated[str | None, typer.Option(help="Replace the template's system text.")] = None,
+    template: TemplateOption = None,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    load_in: LoadInOption = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest word every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest that reach this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw among the k likeliest; 0 for all.")] = 0,
@@ -57,111 +70,100 @@ def chat(
         raise UsageError("-p and --messages are two ways to ask; give one of them")
     if messages is not None and (image or system):
         raise UsageError("--messages brings its own pictures and system text; drop --image and --system")
-    conversation = _read_conversation(prompt, messages, image or [], system)
+    conversation = _read_conversation(prompt, messages, image or [], system, allow_urls)
     if conversation is None and as_json:
         raise UsageError("--json answers one question; give it with -p, --messages or on stdin")
-    path = model or str(_newest_quickstart())
-
-    with _working(f"opening {path}"):
+    if conversation is None and save_boxes is not None:
+        raise UsageError("--save-boxes goes with one question (-p); in a conversation it is /boxes FILE")
+    opening = Opening(model, base=base, template=template, device=device, dtype=dtype, load_in=load_in).found()
+    with working("starting"):  # torch takes seconds
         from llava.inference.sampling import SamplingParams
 
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-        )
-        assistant = _open(path, base, template, device, dtype)
-    if conversation is None:
-        from llava.cli.chat_session import Session
-        from llava.cli.chat_terminal import talk
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
+    opened = opening.open()
+    name = str(opening.path)
+    if conversation is not None:
+        _answer_once(opened, conversation, params, name=name, as_json=as_json, save_boxes=save_boxes)
+        return
+    from llava.cli.chat_session import Session
+    from llava.cli.chat_terminal import talk
 
-        talk(Session(assistant, params, images=image or [], system=system), name=path)
-    elif as_json:
-        answer = assistant.answer(conversation, params)
-        print(json.dumps(_as_record(answer, assistant, path), ensure_ascii=False), flush=True)
-    else:
-        _print_answer(assistant, conversation, params)
+    talk(
+        Session(
+            opened,
+            params,
+            name=name,
+            images=image or [],
+            system=system,
+            allow_urls=allow_urls,
+            open_model=lambda path: opening.of(path).open(),
+        )
+    )
 
 
 def _read_conversation(
-    prompt: str | None, messages: str | None, images: list[Path], system: str | None
+    prompt: str | None, messages: str | None, images: list[str], system: str | None, allow_urls: bool
 ) -> Conversation | None:
     """The one conversation to answer, None when a conversation in the terminal is wanted."""
     if messages is not None:
-        return read_messages(messages)
+        from llava.cli.chat_files import read_messages
+
+        read = read_messages(messages, allow_urls=allow_urls)
+        if read.messages[-1].role != "user":
+            raise PromptError(f"{messages}: the last message must be the user's; there is nothing to answer")
+        return read
     if prompt is None and sys.stdin.isatty():
         return None
     question = sys.stdin.read().strip() if prompt is None or prompt == "-" else prompt
     if not question and not images:
         raise UsageError("nothing to answer on stdin; ask with -p TEXT, or start `llava chat` in a terminal")
+    from llava.cli.chat_pictures import find_picture, grab_clipboard
     from llava.prompt.conversation import Conversation, Image, Message, Text
 
-    parts: tuple[Image | Text, ...] = (*(Image(path) for path in images), Text(question))
+    shown = [
+        found
+        for name in images
+        for found in (grab_clipboard() if name == "clip" else [Image(find_picture(name, allow_urls=allow_urls))])
+    ]
     said = (Message("system", (Text(system),)),) if system is not None else ()
-    return Conversation((*said, Message("user", parts)))
+    return Conversation((*said, Message("user", (*shown, Text(question)))))
 
 
-def read_messages(name: str) -> Conversation:
-    """Read OpenAI chat messages, a list or an object with `messages`, from a file or stdin (-).
+def _answer_once(
+    model: Model,
+    conversation: Conversation,
+    params: SamplingParams,
+    *,
+    name: str,
+    as_json: bool,
+    save_boxes: Path | None,
+) -> None:
+    stream = model.assistant.stream(conversation, params)
+    started = False
+    for piece in stream:
+        piece = piece if started else piece.lstrip()
+        started = started or bool(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = stream.answer()
+    print(json.dumps(_as_record(answer, model, name), ensure_ascii=False) if as_json else "", flush=True)
+    if save_boxes is not None:
+        from llava.cli.chat_pictures import save_boxes as save
+        from llava.prompt.conversation import Message, Text
 
-    Paths of pictures are relative to the file's folder. Raises PromptError naming file, line or message.
-    """
-    from llava.prompt.conversation import from_openai
-
-    folder = Path() if name == "-" else Path(name).parent
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"{name}: {reason}; --messages takes a JSON file of chat messages") from None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{name}: not JSON ({error}); it must hold a list of chat messages") from None
-    conversation = from_openai(value, resolve_image=_resolver(folder, name), origin=name)
-    if conversation.messages[-1].role != "user":
-        raise PromptError(f"{name}: the last message must be the user's; there is nothing to answer")
-    return conversation
-
-
-def _resolver(folder: Path, origin: str) -> Callable[[str], ImageSource]:
-    def resolve(url: str) -> ImageSource:
-        if url.lower().startswith(("http://", "https://")):
-            raise PromptError(f"{origin}: picture {url!r} is a web address; download it and give its path")
-        return folder / url.removeprefix("file://")
-
-    return resolve
+        said = save(model, (*conversation.messages, Message("assistant", (Text(answer.text),))), save_boxes)
+        print(said, file=sys.stderr)
 
 
-def _newest_quickstart() -> Path:
-    from llava.quickstart.latest import find_latest
-
-    found = find_latest()
-    if found is None:
-        raise UsageError(
-            "no model named, and no quickstart model found; run `llava quickstart` to make one in minutes, "
-            "or name a model: llava chat llava-hf/llava-1.5-7b-hf"
-        )
-    return found
-
-
-def _open(path: str, base: str | None, template: str | None, device: str | None, dtype: str | None) -> Assistant:
-    import llava
-    from llava.inference.answer import Assistant
-
-    loaded = llava.load(path, base=base, device=device, dtype=dtype, template=template)
-    loaded.model.eval()
-    processor = loaded.processor
-    if template is not None and processor.template.name != template:
-        processor = processor.with_template(template)
-    return Assistant(loaded.model, processor)
-
-
-def _as_record(answer: Answer, assistant: Assistant, model: str) -> dict[str, Any]:
+def _as_record(answer: Answer, model: Model, name: str) -> dict[str, Any]:
     """What --json prints; image_token_id is the placeholder that stands once for each feature row of a picture."""
     return {
         "text": answer.text,
@@ -169,25 +171,7 @@ def _as_record(answer: Answer, assistant: Assistant, model: str) -> dict[str, An
         "token_ids": list(answer.token_ids),
         "finish_reason": answer.finish_reason,
         "seconds": round(answer.seconds, 6),
-        "image_token_id": assistant.processor.image_token_id,
-        "template": assistant.processor.template.name,
-        "model": model,
+        "image_token_id": model.processor.image_token_id,
+        "template": model.processor.template.name,
+        "model": name,
     }
-
-
-def _print_answer(assistant: Assistant, conversation: Conversation, params: SamplingParams) -> None:
-    started = False
-    for piece in assistant.stream(conversation, params):
-        piece = piece if started else piece.lstrip()
-        started = started or bool(piece)
-        print(piece, end="", flush=True)
-    print()
-
-
-def _working(what: str) -> AbstractContextManager[Any]:
-    """A spinner on stderr while something takes seconds; nothing when stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)

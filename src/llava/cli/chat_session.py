@@ -5,17 +5,17 @@ Knows nothing of the terminal, so that it can be tested without one: `answer` an
 
 from __future__ import annotations
 
-import base64
-import io
-import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from llava.cli.chat_files import read_messages, write_messages
+from llava.cli.chat_pictures import find_picture, grab_clipboard, save_boxes
 from llava.errors import LlavaError, UsageError, name_nearest
-from llava.inference.answer import AnswerStream, Assistant
 from llava.inference.sampling import SamplingParams
-from llava.prompt.conversation import Conversation, Image, Message, Text, from_openai
+from llava.inference.talk import Chat, Model
+from llava.prompt.conversation import Image, Message, Text
 
 # What /set may change, with the type that a typed value becomes.
 _SETTINGS: dict[str, Callable[[str], float | int | None]] = {
@@ -27,48 +27,58 @@ _SETTINGS: dict[str, Callable[[str], float | int | None]] = {
     "seed": lambda text: None if text in ("none", "random") else int(text),
     "max_new_tokens": int,
 }
+_SWITCH = {"on": True, "off": False}
+_URLS = "allow_urls"
 
 COMMANDS: dict[str, str] = {
-    "/image": "PATH ...: show the model pictures with your next question",
+    "/image": "PATH, URL or clip ...: show the model pictures with your next question",
+    "/paste": "the same with the picture on the clipboard",
     "/clear": "forget the conversation",
     "/undo": "take back the last question and its answer",
     "/retry": "answer the last question again",
+    "/boxes": "FILE: draw the boxes of the last answer on its picture",
     "/set": "NAME VALUE: change a setting; alone it lists them",
     "/system": "TEXT: replace the system text; alone it returns to the template's",
+    "/model": "PATH: go on with another model; alone it names this one",
     "/save": "FILE: write the conversation as OpenAI chat messages",
     "/load": "FILE: continue a saved conversation",
     "/help": "list the commands",
     "/quit": "leave (also Ctrl-D)",
 }
-TAKES_PATH = ("/image", "/save", "/load")
+TAKES_PATH = ("/image", "/boxes", "/model", "/save", "/load")
 
 
 class Session:
-    """One conversation with an assistant."""
+    """One conversation with a model. open_model: opens the one that /model names."""
 
     def __init__(
-        self, assistant: Assistant, params: SamplingParams, *, images: Sequence[Path] = (), system: str | None = None
+        self,
+        model: Model,
+        params: SamplingParams,
+        *,
+        name: str = "",
+        images: Sequence[str] = (),
+        system: str | None = None,
+        allow_urls: bool = False,
+        open_model: Callable[[str], Model] | None = None,
     ) -> None:
-        self._assistant = assistant
-        self.params = params
-        self.messages: list[Message] = []
-        self.system = system
+        self.model = model
+        self.name = name
+        self.chat = Chat(model.assistant, params, system=system, allow_urls=allow_urls)
         self.pending: list[Image] = []
         self.ended = False
-        self._stream: AnswerStream | None = None
-        for path in images:
-            self._attach(path)
+        self._open_model = open_model
+        for image in images:
+            self._attach(image)
 
     def answer(self, question: str) -> Iterator[str]:
         """Ask, and get the answer's text piece by piece. An error leaves the conversation as it was."""
-        message = Message("user", (*self.pending, Text(question)))
-        yield from self._answer(message)
+        yield from self.chat.respond(Message("user", (*self.pending, Text(question))))
         self.pending.clear()
 
     def stop(self) -> None:
         """End the answer under way; what was said of it stays in the conversation."""
-        if self._stream is not None:
-            self._stream.cancel()
+        self.chat.stop()
 
     def run_command(self, line: str) -> Iterator[str]:
         """Run a line that begins with a slash; gives text to show. Raises LlavaError when it cannot be done."""
@@ -81,38 +91,32 @@ class Session:
         run: Callable[[str], Iterator[str]] = getattr(self, "_" + name[1:])
         yield from run(rest)
 
-    def _answer(self, question: Message) -> Iterator[str]:
-        system = () if self.system is None else (Message("system", (Text(self.system),)),)
-        conversation = Conversation((*system, *self.messages, question))
-        stream = self._stream = self._assistant.stream(conversation, self.params)
-        started = False
-        try:
-            for piece in stream:
-                piece = piece if started else piece.lstrip()
-                started = started or bool(piece)
-                yield piece
-        finally:
-            self._stream = None
-        self.messages += [question, Message("assistant", (Text(stream.answer().text),))]
-
-    def _attach(self, path: Path) -> None:
+    def _attach(self, name: str) -> None:
+        if name == "clip":
+            found = grab_clipboard()
+        else:
+            way_out = "/set allow_urls on (or start with --allow-urls)"
+            found = [Image(find_picture(name, allow_urls=self.chat.allow_urls, way_out=way_out))]
         # Decoded now, so that a wrong path is reported where it was typed and not with the next question.
-        image = Image(path.expanduser())
-        self._assistant.processor.prepare_image(image)
-        self.pending.append(image)
+        for image in found:
+            self.model.processor.prepare_image(image)
+        self.pending += found
 
     def _image(self, rest: str) -> Iterator[str]:
         if not rest:
             raise UsageError("/image needs a path: /image picture.png")
-        whole = _unquoted(rest)
-        paths = [whole] if Path(whole).expanduser().exists() else [_unquoted(word) for word in _split_paths(rest)]
-        for path in paths:
-            self._attach(Path(path))
+        whole = unquoted(rest)
+        names = [whole] if Path(whole).expanduser().exists() else split_words(rest)
+        for name in names:
+            self._attach(name)
         count = len(self.pending)
         yield f"{count} picture{'s' if count > 1 else ''} for your next question"
 
+    def _paste(self, rest: str) -> Iterator[str]:
+        yield from self._image("clip")
+
     def _clear(self, rest: str) -> Iterator[str]:
-        self.messages.clear()
+        self.chat.messages.clear()
         self.pending.clear()
         yield "forgotten"
 
@@ -121,61 +125,79 @@ class Session:
         yield f"took back: {question.text}"
 
     def _retry(self, rest: str) -> Iterator[str]:
-        before = list(self.messages)
+        before = list(self.chat.messages)
         question = self._take_back()
         try:
-            yield from self._answer(question)
+            yield from self.chat.respond(question)
         except LlavaError:
-            self.messages = before
+            self.chat.messages = before
             raise
 
-    def _set(self, rest: str) -> Iterator[str]:
+    def _boxes(self, rest: str) -> Iterator[str]:
         if not rest:
-            yield "\n".join(f"{name} {getattr(self.params, name)}" for name in _SETTINGS)
+            raise UsageError("/boxes needs a file: /boxes out.png")
+        yield save_boxes(self.model, self.chat.messages, Path(unquoted(rest)).expanduser())
+
+    def _set(self, rest: str) -> Iterator[str]:
+        chat = self.chat
+        if not rest:
+            yield "\n".join(f"{name} {getattr(chat.params, name)}" for name in _SETTINGS)
+            yield f"\n{_URLS} {'on' if chat.allow_urls else 'off'}"
             return
         name, _, value = rest.replace("=", " ", 1).partition(" ")
+        value = value.strip()
+        if name == _URLS:
+            if value not in _SWITCH:
+                raise UsageError(f"/set {_URLS} {value!r}: it is on or off")
+            chat.allow_urls = _SWITCH[value]
+            yield f"{_URLS} {value}"
+            return
         if name not in _SETTINGS:
-            raise UsageError(f"/set {name}: no such setting; {name_nearest(name, _SETTINGS)}")
+            raise UsageError(f"/set {name}: no such setting; {name_nearest(name, [*_SETTINGS, _URLS])}")
         assert name in {field.name for field in fields(SamplingParams)}
         try:
-            number = _SETTINGS[name](value.strip())
+            number = _SETTINGS[name](value)
         except ValueError:
-            raise UsageError(f"/set {name} {value.strip()!r}: must be a number") from None
-        self.params = replace(self.params, **{name: number})  # type: ignore[arg-type]
+            raise UsageError(f"/set {name} {value!r}: must be a number") from None
+        chat.params = replace(chat.params, **{name: number})  # type: ignore[arg-type]
         yield f"{name} {number}"
 
     def _system(self, rest: str) -> Iterator[str]:
-        self.system = rest or None
+        self.chat.system = rest or None
         yield "system text set" if rest else "the template's system text"
+
+    def _model(self, rest: str) -> Iterator[str]:
+        if not rest:
+            yield self.name
+            return
+        if self._open_model is None:
+            raise UsageError("/model: this conversation was given its model; start `llava chat` to choose")
+        name = unquoted(rest)
+        if Path(name).expanduser().exists():
+            name = str(Path(name).expanduser())
+        # The one at work stays until the other is there: a name that does not open costs nothing.
+        model = self._open_model(name)
+        self.model, self.name, self.chat.assistant = model, name, model.assistant
+        yield f"{name} goes on (template {model.processor.template.name})"
 
     def _save(self, rest: str) -> Iterator[str]:
         if not rest:
             raise UsageError("/save needs a file: /save talk.json")
-        path = Path(_unquoted(rest)).expanduser()
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        value = [*system, *(_as_openai(message) for message in self.messages)]
-        try:
-            path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}; name another file") from None
-        yield f"saved {len(self.messages)} messages to {path}"
+        path = Path(unquoted(rest)).expanduser()
+        write_messages(path, self.chat.messages, system=self.chat.system)
+        yield f"saved {len(self.chat.messages)} messages to {path}"
 
     def _load(self, rest: str) -> Iterator[str]:
         if not rest:
             raise UsageError("/load needs a file: /load talk.json")
-        path = Path(_unquoted(rest)).expanduser()
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}; name a file written by /save") from None
-        except ValueError as error:
-            raise UsageError(f"{path}: not JSON ({error}); name a file written by /save") from None
-        messages = list(from_openai(value, resolve_image=lambda url: path.parent / url, origin=str(path)).messages)
-        self.system = messages.pop(0).text if messages and messages[0].role == "system" else None
+        path = Path(unquoted(rest)).expanduser()
+        read = read_messages(str(path), allow_urls=self.chat.allow_urls, way_out="/set allow_urls on")
+        messages = list(read.messages)
+        self.chat.system = messages.pop(0).text if messages and messages[0].role == "system" else None
         self.pending.clear()
         if messages and messages[-1].role == "user":
             del messages[-1]  # a question without an answer: ask it again
-        self.messages = messages
+        self.chat.messages = messages
         yield f"{len(messages)} messages; go on"
 
     def _help(self, rest: str) -> Iterator[str]:
@@ -186,48 +208,21 @@ class Session:
         yield from ()
 
     def _take_back(self) -> Message:
-        if len(self.messages) < 2:
+        messages = self.chat.messages
+        if len(messages) < 2:
             raise UsageError("nothing was said yet")
-        question = self.messages[-2]
-        del self.messages[-2:]
+        question = messages[-2]
+        del messages[-2:]
         return question
 
 
-def _as_openai(message: Message) -> dict[str, object]:
-    if not message.images:
-        return {"role": message.role, "content": message.text}
-    parts: list[dict[str, object]] = []
-    for part in message.parts:
-        if isinstance(part, Text):
-            parts.append({"type": "text", "text": part.text})
-        else:
-            parts.append({"type": "image_url", "image_url": {"url": _as_url(part)}})
-    return {"role": message.role, "content": parts}
-
-
-def _as_url(image: Image) -> str:
-    source = image.source
-    if isinstance(source, Path):
-        return str(source.resolve())
-    if isinstance(source, bytes):
-        return "data:;base64," + base64.b64encode(source).decode()
-    import PIL.Image
-
-    picture = source if isinstance(source, PIL.Image.Image) else PIL.Image.fromarray(source)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _split_paths(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Words, kept together inside quotes."""
-    import shlex
-
     try:
         return shlex.split(text)
     except ValueError:
-        return text.split()
+        return [unquoted(word) for word in text.split()]
 
 
-def _unquoted(text: str) -> str:
+def unquoted(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text

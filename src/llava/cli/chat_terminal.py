@@ -34,15 +34,51 @@ class CommandCompleter(Completer):
                 if name.startswith(command):
                     yield Completion(name, start_position=-len(command), display_meta=what)
         elif command in TAKES_PATH:
-            yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
+            yield from self._complete_path(rest.lstrip(), complete_event)
+
+    def _complete_path(self, rest: str, event: CompleteEvent) -> Iterator[Completion]:
+        """The path at the end of `rest`: in quotes that are open, all of it (blanks too), or its last word."""
+        quote = _open_quote(rest)
+        if quote is not None:
+            begun = rest.rpartition(quote)[2]
+            for found in self._paths.get_completions(Document(begun, len(begun)), event):
+                path = Path(begun + found.text).expanduser()
+                closing = "" if path.is_dir() else quote
+                yield Completion(found.text + closing, found.start_position, display=found.display)
+            return
+        found_any = False
+        for found in self._paths.get_completions(Document(rest, len(rest)), event):
+            found_any = True
+            yield found
+        last = rest.rpartition(" ")[2]
+        if not found_any and last != rest:
+            for found in self._paths.get_completions(Document(last, len(last)), event):
+                name = last + found.text
+                if " " in name:  # the others on the line are words: this one must be told from two
+                    yield Completion(f"'{name}'", start_position=-len(last), display=found.display)
+                else:
+                    yield found
 
 
-def talk(session: Session, *, name: str) -> None:
+def _open_quote(text: str) -> str | None:
+    """The quote that the text leaves open."""
+    quote: str | None = None
+    before = " "
+    for letter in text:
+        if quote is None and letter in "'\"" and before == " ":
+            quote = letter
+        elif letter == quote:
+            quote = None
+        before = letter
+    return quote
+
+
+def talk(session: Session) -> None:
     """Ask and answer until the user leaves with Ctrl-D or /quit."""
     editor: PromptSession[str] = PromptSession(
         history=InMemoryHistory(), completer=CommandCompleter(), complete_while_typing=False
     )
-    print(f"{Path(name).name}: ask, or show a picture with /image PATH. /help lists the commands, Ctrl-D leaves.")
+    print(f"{session.name}: ask, or show a picture with /image PATH. /help lists the commands, Ctrl-D leaves.")
     while not session.ended:
         pictures = len(session.pending)
         try:
