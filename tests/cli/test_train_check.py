@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava.cli.main import main
 from llava.train.throughput import DEVICES, Device
@@ -80,3 +81,16 @@ def test_resume_goes_on_where_there_is_a_run(recipe: str, capsys: pytest.Capture
     for options in ([], ["--resume"]):
         main(["train", recipe, "optim.max_steps=1", *options])
     assert "finished already" in capsys.readouterr().out
+
+
+def test_a_device_out_of_memory_is_a_line_with_what_helps(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("llava.train.run.run_recipe", fail)
+    assert call(recipe) == 2
+    said = capsys.readouterr().err.strip()
+    assert "lower run.micro_batch_tokens (now 16384)" in said
+    assert "\n" not in said

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llava.distributed import is_main
-from llava.errors import UsageError
+from llava.errors import TrainingError, UsageError
 
 if TYPE_CHECKING:
     from llava.train.sections import Recipe
@@ -70,7 +72,7 @@ def train(
     from llava.train.progress import TerminalWatcher
     from llava.train.run import run_recipe
 
-    with one_voice():
+    with one_voice(), _memory_named(loaded):
         result = run_recipe(loaded, resume=not restart, watcher=TerminalWatcher())
     if not is_main():
         return
@@ -79,6 +81,21 @@ def train(
         return
     typer.echo(f"{result.out_dir}: done, {result.total_steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s")
     typer.echo(f"Next: llava chat {result.out_dir}")
+
+
+@contextmanager
+def _memory_named(recipe: Recipe) -> Iterator[None]:
+    """A device that ran out of memory is a line that says what helps."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the device ran out of memory; lower run.micro_batch_tokens (now {recipe.run.micro_batch_tokens}), set "
+            "run.activation_checkpointing=full, or let fewer weights learn (tune.language_model=lora or qlora); --check "
+            "estimates what each needs, and the same command goes on from the newest checkpoint"
+        ) from error
 
 
 def _check(recipe: Recipe, *, shapes: bool, on: str | None, processes: int, mfu: float, sample: int) -> bool:
