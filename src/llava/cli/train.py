@@ -93,8 +93,8 @@ def _memory_named(recipe: Recipe) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"the device ran out of memory; lower run.micro_batch_tokens (now {recipe.run.micro_batch_tokens}), set "
-            "run.activation_checkpointing=full, or let fewer weights learn (tune.language_model=lora or qlora); --check "
-            "estimates what each needs, and the same command goes on from the newest checkpoint"
+            "run.activation_checkpointing=full, or let fewer weights learn (tune.language_model=lora or qlora); "
+            "--check estimates what each needs, and the same command goes on from the newest checkpoint"
         ) from error
 
 
