@@ -165,5 +165,6 @@ def take_steps(case: Case) -> dict[str, Any]:
     records: list[StepRecord] = [trainer.step(own_step(case, number)) for number in range(case.steps)]
     sharded = list(sharded_modules(trainer.parallel.step_loss))
     whole = trainer.parallel.make_whole()
-    weights = {name: p.detach().numpy() for name, p in trainer.model.named_parameters()} if whole else {}
+    learnt = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad and whole}
+    weights = {name: p.detach().numpy() for name, p in learnt.items()}
     return {"records": records, "weights": weights, "sharded": sharded}

@@ -146,6 +146,15 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(pair: Proces
     assert first["records"][2].loss == pytest.approx(alone["records"][2].loss, rel=1e-5)
 
 
+def test_frozen_weights_in_bfloat16_go_with_adapters_in_float32(pair: ProcessPair) -> None:
+    case = Case("zero3", shares=("text", "both"), dtype="bfloat16", steps=2, tune=(("language_model", "lora"),))
+    first, _ = pair.run(take_steps, case)
+    alone = take_steps(case)
+    assert [r.loss for r in first["records"]] == pytest.approx([r.loss for r in alone["records"]], rel=1e-4)
+    assert first["weights"].keys() == alone["weights"].keys()
+    assert any(".lora_" in name for name in first["weights"])
+
+
 def test_a_process_whose_answers_are_all_masked_does_its_part(pair: ProcessPair) -> None:
     for mode in MODES:
         case = Case(mode, shares=("silent", "pictures"))
