@@ -57,6 +57,7 @@ def configure(stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("llava").setLevel(logging.INFO)
+    logging.captureWarnings(True)  # PIL's about damaged pictures, each once
 
 
 def _places(trace: TracebackType | None) -> list[str]:

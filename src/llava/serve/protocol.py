@@ -111,7 +111,8 @@ class ChatRequest(_Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    # Near 0 a float32 logit divided by it is no number any more.
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     n: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=-_MAX_SEED, le=_MAX_SEED)] | None = None
     stop: Annotated[
