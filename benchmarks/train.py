@@ -110,17 +110,19 @@ def build_model(case: Case) -> Any:
 
 
 def make_groups(case: Case) -> list[list[Any]]:
-    """Conversations by picture: 35 tokens, the picture, a question, an answer (both of any length in `text`)."""
+    """Conversations by picture: 35 tokens, the picture, question and answer (together of the lengths in `text`)."""
     from llava.prompt.processor import IGNORE_LABEL, Encoded
 
     rng = np.random.default_rng(1)
     patches = (case.side // 14) ** 2
+    # evenly spread and shuffled: no luck in the lengths
+    lengths = rng.permutation(np.linspace(*case.text, case.conversations).round().astype(int)).tolist()
     groups = []
     for _ in range(case.conversations // case.per_picture):
         pixels = rng.normal(size=(1, 3, case.side, case.side)).astype(np.float32)
         group = []
         for _ in range(case.per_picture):
-            text = int(rng.integers(case.text[0], case.text[1] + 1))
+            text = lengths.pop()
             answer = text if case.stage == 1 else max(1, int(text * rng.uniform(0.35, 0.8)))
             ids = np.concatenate(
                 [np.arange(1, HEAD + 1), np.full(patches, IMAGE), rng.integers(100, case.vocabulary - 10, text)]

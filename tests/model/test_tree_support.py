@@ -129,5 +129,5 @@ def test_trying_a_family_draws_no_random_numbers_of_the_run() -> None:
 def test_eager_attention_is_never_replaced() -> None:
     model = build("llama", {})
     model.config._attn_implementation = "eager"
-    assert find_tree_support(model) == TreeSupport("mask")
+    assert find_tree_support(model) == TreeSupport("mask", last_block=True)
     assert not enable_tree_attention(model)

@@ -28,6 +28,7 @@ class Batch:
     branch_ids: (B, T), 0 in a tree's prefix, then 1, 2, ... for its branches.
     predictors: (A,) flat positions (row * T + t) whose hidden state predicts an answer token; targets: (A,) that token.
         The first token of a branch is predicted by its prefix's last token, every other one by its left neighbour.
+    read: the predictors, each once, ascending: the only positions whose last hidden state matters.
     layout: where prefixes and branches lie, for llava.model.tree_attention; says the same as the ids and the mask.
     pixel_values: (N, 3, H, W), each distinct picture's tiles once, in the order in which they first come; image_sizes,
         tiles_per_image: one entry a distinct picture. picture_of: for each picture in reading order, which of them.
@@ -42,6 +43,7 @@ class Batch:
     branch_ids: Tensor
     predictors: Tensor
     targets: Tensor
+    read: Tensor
     layout: TreeLayout
     pixel_values: Tensor | None
     image_sizes: tuple[tuple[int, int], ...]
@@ -140,6 +142,7 @@ def build_batch(rows: Sequence[Sequence[Tree]], *, pad_token_id: int, multiple: 
         branch_ids=torch.from_numpy(branch_ids),
         predictors=torch.from_numpy(flat_predictors[supervised]),
         targets=torch.from_numpy(labels[supervised]),
+        read=torch.from_numpy(np.unique(flat_predictors[supervised])),
         layout=TreeLayout.from_ids(tree_ids, branch_ids),
         pixel_values=torch.from_numpy(np.concatenate(pictures.tiles)) if pictures.tiles else None,
         image_sizes=tuple(pictures.sizes),

@@ -37,7 +37,8 @@ def set_checkpointing(model: Llava, mode: Checkpointing) -> None:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kept_operations())
-    blocks = find_blocks(model.decoder)
+    # The last block is the first that the backward pass would compute again: keeping it costs no peak, and saves that.
+    blocks = find_blocks(model.decoder)[:-1]
     if any(parameter.requires_grad for parameter in model.vision_tower.parameters()):
         blocks += find_blocks(model.vision_tower)
     for block in blocks:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.model.language import run_language_model, sliding_window_of
+from llava.model.last_block import last_block_only_at, position_wise_modules
 from llava.model.tree_attention import NAME, TreeLayout, TreeRefusalError, register
 
 _log = logging.getLogger(__name__)
@@ -38,10 +39,12 @@ _TOLERANCE = 1e-4  # float32 rounding is 1e-6 here; a branch that sees the other
 
 @dataclass(frozen=True)
 class TreeSupport:
-    """The best way that is exact, and for every better one why it is not."""
+    """The best way that is exact, and for every better one why it is not. last_block: whether the last block may be
+    computed at chosen positions only (model/last_block.py)."""
 
     way: Way
     reasons: tuple[str, ...] = ()
+    last_block: bool = False
 
     @property
     def trees(self) -> bool:
@@ -90,7 +93,7 @@ def _tried(config_class: Any, written: str, implementation: str) -> TreeSupport:
         for way in ways:
             failure = _failure(model, way)
             if failure is None:
-                return _logged(config_class, TreeSupport(way, tuple(reasons)))
+                return _logged(config_class, TreeSupport(way, tuple(reasons), _picks_positions(model)))
             reasons.append(f"{way}: {failure}")
     return _logged(config_class, TreeSupport("none", tuple(reasons)))
 
@@ -162,6 +165,22 @@ def _failure(model: nn.Module, way: Way) -> str | None:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     off = float((made - expected).abs().max() / expected.abs().max())
     return None if off < _TOLERANCE else f"{off:.1e} off separate sequences"
+
+
+def _picks_positions(model: nn.Module) -> bool:
+    """Whether the tiny model's last block gives the same at chosen positions when it is computed there only."""
+    config: Any = cast(Any, model).config
+    inputs, chosen = torch.randn(2, 6, config.hidden_size), torch.tensor([1, 4, 5, 9])
+    if not position_wise_modules(model):
+        return False
+    try:
+        with torch.no_grad():
+            expected = run_language_model(model, inputs).flatten(0, 1)[chosen]
+            with last_block_only_at(model, chosen):
+                made = run_language_model(model, inputs).flatten(0, 1)[chosen]
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError):
+        return False
+    return float((made - expected).abs().max() / expected.abs().max()) < _TOLERANCE
 
 
 def _separately(model: nn.Module, inputs: Tensor, prefix: int, lengths: tuple[int, ...]) -> Tensor:

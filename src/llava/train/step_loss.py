@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llava.data.batch import Batch, build_batch
 from llava.data.packing import Branch, Tree
+from llava.model.last_block import last_block_only_at
 from llava.model.llava import Llava
 from llava.model.tree_support import Way, enable_tree_attention, find_tree_support
 from llava.prompt.processor import IGNORE_LABEL
@@ -35,19 +36,28 @@ class StepLoss(nn.Module):
         self.pictures = PictureFeatures(model)
         self._dtype = dtype
         # the fastest way that is exact for this family; a test may set another
-        self.way: Way = find_tree_support(model.language_model).way
+        support = find_tree_support(model.language_model)
+        self.way: Way = support.way
+        self.picks_positions = support.last_block
         enable_tree_attention(model.language_model)
 
     def forward(self, batch: Batch, scale: float = 1.0) -> Tensor:
         """`scale` times the summed cross-entropy of a batch's answer tokens; the batch lies on the step's device."""
         with self._autocast(batch.input_ids.device.type):
-            hidden = self.model.decode(
-                self._embed(batch),
-                position_ids=batch.position_ids,
-                attention_mask=self._mask(batch),
-                tree_layout=batch.layout if self.way == "layout" else None,
-            )
+            embeddings = self._embed(batch)
+            with last_block_only_at(self.model.language_model, batch.read if self._picks(batch) else None):
+                hidden = self.model.decode(
+                    embeddings,
+                    position_ids=batch.position_ids,
+                    attention_mask=self._mask(batch),
+                    tree_layout=batch.layout if self.way == "layout" else None,
+                )
             return answer_loss(hidden, self.model, predictors=batch.predictors, targets=batch.targets, scale=scale)
+
+    def _picks(self, batch: Batch) -> bool:
+        """Whether the last block is computed where it is read only; a batch that nobody reads uses all of its weights,
+        as other processes do."""
+        return self.picks_positions and len(batch.read) > 0
 
     def _mask(self, batch: Batch) -> Tensor | None:
         if self.way == "layout":
