@@ -100,5 +100,10 @@ def settings(
         template=template,
         image_start_end=bool(data.get("mm_use_im_start_end", False)),
         # the original tokenizes the words on either side of a picture apart, with every tokenizer
-        extra={"text_after_image": "restart"},
+        extra={"text_after_image": "restart", **_boxes(data.get("llava"))},
     )
+
+
+def _boxes(block: object) -> dict[str, Any]:
+    """How the model writes boxes, from the block that is written here beside the original's keys."""
+    return {"boxes": block["boxes"]} if isinstance(block, Mapping) and "boxes" in block else {}

@@ -184,7 +184,7 @@ def original_config(config: LlavaConfig, *, tower: str, dtype: torch.dtype) -> d
         "freeze_mm_mlp_adapter": False,
         "tokenizer_padding_side": "right",
         # nobody else reads this; here it keeps the template that config and tokenizer alone would not tell
-        "llava": {"template": config.template},
+        "llava": {"template": config.template, **{k: v for k, v in config.extra.items() if k == "boxes"}},
     }
 
 

@@ -49,7 +49,7 @@ SAME_FAMILY = {
     "qwen_1_5": "qwen_chat",
     "chatml_direct": "internlm2_chat",
 }
-KEPT_SETTINGS = ("template", "image_mode", "vision_feature_layer", "image_position", "text_after_image")
+KEPT_SETTINGS = ("template", "image_mode", "vision_feature_layer", "image_position", "text_after_image", "boxes")
 
 
 def detect(folder: Path, data: Mapping[str, Any]) -> bool:
@@ -86,7 +86,7 @@ def read(folder: Path, data: Mapping[str, Any], options: OpenOptions) -> Opened:
         image_mode=mode,  # type: ignore[arg-type]  # checked by LlavaConfig
         template=template,
         # XTuner tokenizes the words on either side of a picture apart
-        extra={"text_after_image": block.get("text_after_image", "restart"), **_position(block)},
+        extra={"text_after_image": block.get("text_after_image", "restart"), **_carried(block)},
     )
     from_recipe = RECIPE if recipe.found else f"no {RECIPE}: XTuner's default"
     return Opened(
@@ -246,8 +246,8 @@ def _template(
     return SAME_FAMILY.get(name, name), f"{why}; XTuner's wording"
 
 
-def _position(block: Mapping[str, Any]) -> dict[str, Any]:
-    return {"image_position": block["image_position"]} if "image_position" in block else {}
+def _carried(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: block[key] for key in ("image_position", "boxes") if key in block}
 
 
 def _json(path: Path) -> dict[str, Any]:
