@@ -1,92 +1,108 @@
-"""Does training on pictures' conversations together cost quality? Grouped against shuffled, the quickstart's task.
+"""Does sharing a picture's tokens cost quality? Grouped against shuffled on the quickstart's task, several seeds.
 
-    python benchmarks/grouping.py [--record] [--seeds 3] [--steps 280] [--out FOLDER]
+    python benchmarks/grouping.py WORK_FOLDER [--seeds 3] [--steps 400] [--scenes 3000] [--record]
 
-Per seed: scenes are drawn and stage 1 trained once; then stage 2 is trained twice for the same number of steps of 144
-conversations: grouped (12 pictures with 12 turns each, prefix-shared) and shuffled (144 conversations, each with its
-own copy of its picture, drawn without regard to pictures). Both are asked the same held-out questions. Prints the
-share right of each seed and kind as one JSON line; the difference means something only beside the seeds' spread.
+Stage 1 of the quickstart once a seed; then stage 2 twice from there, the same scenes and number of steps: with the
+conversations on a picture in one tree (`data.group_by_picture=true`, what `llava train` does), and shuffled over the
+epoch one by one. A grouped step holds the same number of conversations about fewer pictures: that is what could cost.
+Held-out accuracy by kind, and a table for docs/speed.md: grouped, shuffled, and the spread of either over the seeds.
+Unfinished runs go on when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import tempfile
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean, stdev
 
-from llava.quickstart.answering import open_answerer
-from llava.quickstart.bases import shipped_bases
-from llava.quickstart.measure import measure
-from llava.quickstart.run import Audience as Quiet
-from llava.quickstart.run import QuickstartSettings, _align_overrides, _draw, _instruct_overrides, _quoted
-from llava.train.recipe import load_recipe
-from llava.train.run import run_recipe
-
-ORDERS = {"grouped": [], "shuffled": ["data.group_by_picture=false", "data.conversations_per_tree=1"]}
+LAYOUTS = {"grouped": "true", "shuffled": "false"}
 
 
-def run_seed(folder: Path, seed: int, steps: int, held_out: int) -> dict[str, dict[str, float]]:
-    """Share right by kind of question for both orders."""
-    # As many scenes as the steps will show; stage 1 as long as the quickstart's own.
-    settings = QuickstartSettings(
-        seed=seed, num_scenes=12 * steps, align_overrides=(f"optim.epochs={0.3 * 10_000 / (12 * steps):.3f}",)
-    )
-    bases = shipped_bases()
-    data, align = folder / "data", folder / "align"
+def run_seed(folder: Path, seed: int, *, steps: int, scenes: int, held_out: int) -> dict[str, dict[str, float]]:
+    """Accuracy by layout and kind."""
+    from llava.data.scene_files import write_scenes
+    from llava.quickstart.answering import open_answerer
+    from llava.quickstart.bases import shipped_bases
+    from llava.quickstart.measure import measure
+    from llava.train.recipe import load_recipe
+    from llava.train.run import run_recipe
+
+    place = folder / f"seed-{seed}"
+    data, bases = place / "data", shipped_bases()
     if not data.exists():
-        _draw(data, settings, Quiet())
-    run_recipe(load_recipe("quickstart-align", [*_align_overrides(data, bases, settings), f"run.out={_quoted(align)}"]))
-    found = {}
-    for order, changes in ORDERS.items():
-        out = folder / order
-        overrides = [
-            *_instruct_overrides(data, align, settings),
-            f"run.out={_quoted(out)}",
+        half_done = data.with_name("data.partial")
+        write_scenes(half_done, scenes, seed)
+        half_done.replace(data)
+    common = [f"data.images={quoted(data / 'images')}", f"run.seed={seed}"]
+    align = [
+        f"model.language_model={quoted(bases.language_model)}",
+        f"model.vision_tower={quoted(bases.vision_tower)}",
+        f"model.vision_feature_layer={bases.facts['vision_feature_layer']}",
+        f"data.files=[{quoted(data / 'captions.json')}]",
+        f"run.out={quoted(place / 'align')}",
+        f"optim.max_steps={max(1, steps // 2)}",
+    ]
+    run_recipe(load_recipe("quickstart-align", [*common, *align]))
+    found: dict[str, dict[str, float]] = {}
+    for layout, grouped in LAYOUTS.items():
+        instruct = [
+            f"model.path={quoted(place / 'align')}",
+            f"data.files=[{quoted(data / 'conversations.json')}]",
+            f"data.group_by_picture={grouped}",
             f"optim.max_steps={steps}",
-            *changes,
+            f"run.out={quoted(place / layout)}",
         ]
-        started = time.perf_counter()
-        run_recipe(load_recipe("quickstart-instruct", overrides))
-        seconds = time.perf_counter() - started
-        result = measure(open_answerer(out), seed=seed, num_scenes=held_out)
-        found[order] = {**{str(kind): share.model for kind, share in result.accuracy().items()}, "seconds": seconds}
-        print(seed, order, {kind: round(share, 3) for kind, share in found[order].items()}, flush=True)
+        run_recipe(load_recipe("quickstart-instruct", [*common, *instruct]))
+        measured = measure(open_answerer(place / layout), seed=seed, num_scenes=held_out)
+        found[layout] = {kind: accuracy.model for kind, accuracy in measured.accuracy().items()}
     return found
+
+
+def quoted(path: Path) -> str:
+    """A path as YAML that stays a string."""
+    return json.dumps(str(path))
+
+
+def table(seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown: a line a kind, means over seeds and their spread (standard deviation)."""
+    kinds = list(next(iter(seeds.values()))["grouped"])
+    lines = ["| kind | grouped | shuffled | difference | spread over seeds |", "|---|---|---|---|---|"]
+    for kind in [*kinds, "mean"]:
+        values = {
+            layout: [fmean(one[layout].values()) if kind == "mean" else one[layout][kind] for one in seeds.values()]
+            for layout in LAYOUTS
+        }
+        grouped, shuffled = fmean(values["grouped"]), fmean(values["shuffled"])
+        spread = max(stdev(v) if len(v) > 1 else 0.0 for v in values.values())
+        lines.append(f"| {kind} | {grouped:.3f} | {shuffled:.3f} | {grouped - shuffled:+.3f} | {spread:.3f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="append mean and spread to results.csv")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=280)
-    parser.add_argument("--held-out", type=int, default=128, help="pictures asked about")
-    parser.add_argument("--out", type=Path, default=None, help="keep the runs here; finished ones are not run again")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        root = arguments.out or Path(temporary)
-        found = [
-            run_seed(root / f"seed-{seed}", seed, arguments.steps, arguments.held_out)
-            for seed in range(arguments.seeds)
-        ]
-    kinds = [kind for kind in found[0]["grouped"] if kind != "seconds"]
-    table: dict[str, dict[str, list[float]]] = {
-        order: {kind: [seed[order][kind] for seed in found] for kind in kinds} for order in ORDERS
-    }
-    for order in ORDERS:
-        table[order]["mean of all kinds"] = [statistics.fmean(seed[order][kind] for kind in kinds) for seed in found]
-    print(json.dumps({order: {k: [round(v, 4) for v in vs] for k, vs in row.items()} for order, row in table.items()}))
-    if arguments.record:
+    parser.add_argument("--steps", type=int, default=400, help="of stage 2; stage 1 takes half")
+    parser.add_argument("--scenes", type=int, default=3000)
+    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    seeds = {}
+    for seed in range(options.seeds):
+        seeds[seed] = run_seed(
+            options.folder, seed, steps=options.steps, scenes=options.scenes, held_out=options.held_out
+        )
+        print(json.dumps({"benchmark": "grouping", "seed": seed, **seeds[seed]}), flush=True)
+    print(table(seeds))
+    if options.record:
         from record import record
 
-        for order, rows in table.items():
-            for kind, values in rows.items():
-                case = f"{order}, {kind}, {arguments.steps} steps, {len(values)} seeds"
-                record("grouping", case, "mean share right", statistics.fmean(values))
-                if len(values) > 1:
-                    record("grouping", case, "standard deviation over seeds", statistics.stdev(values))
+        for seed, layouts in seeds.items():
+            for layout, kinds in layouts.items():
+                for kind, accuracy in kinds.items():
+                    record("grouping", f"{layout}, seed {seed}", f"{kind}_accuracy", accuracy)
 
 
 if __name__ == "__main__":
