@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import llava
+from llava.checkpoint.known_models import KNOWN_MODELS
 from llava.cli.main import main
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "checkpoints"
@@ -88,3 +90,24 @@ def test_show_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     save_file(state, folder / "model.safetensors")
     assert main(["model", "show", str(folder)]) == 2
     assert "missing: 'transformer.norm_f.weight' of shape [64]" in capsys.readouterr().out
+
+
+def test_the_list_names_published_models_and_those_here(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["model", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert "here: none" in printed
+    for known in KNOWN_MODELS:
+        row = next(line for line in printed.splitlines() if known.name in line.split())
+        assert known.template in row and known.needs in row
+    for name in ("llava-quickstart/model", "runs/mine"):
+        shutil.copytree(model, tmp_path / name)
+    (tmp_path / "runs" / "begun").mkdir()
+    assert main(["model", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [one["path"] for one in listed["here"]] == ["llava-quickstart/model", "runs/mine"]
+    assert listed["here"][0]["template"] == "llava_hf"
+    assert len(listed["known"]) == len(KNOWN_MODELS)

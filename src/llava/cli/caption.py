@@ -25,6 +25,7 @@ from llava.cli.opening import (
     ModelOption,
     Opening,
     TemplateOption,
+    TowerOption,
     UrlsOption,
 )
 
@@ -42,6 +43,7 @@ def caption(
     seed: SeedOption = None,
     max_new_tokens: TokensOption = 512,
     base: BaseOption = None,
+    vision_tower: TowerOption = None,
     template: TemplateOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -56,7 +58,9 @@ def caption(
 
     answer_questions(
         read_questions(pictures, ask=[prompt], allow_urls=allow_urls),
-        Opening(model, base=base, template=template, device=device, dtype=dtype, load_in=load_in),
+        Opening(
+            model, base=base, vision_tower=vision_tower, template=template, device=device, dtype=dtype, load_in=load_in
+        ),
         Wording(beams, temperature, seed, max_new_tokens),
         command="llava caption",
         out=out,

@@ -16,6 +16,7 @@ from llava.cli.opening import (
     LoadInOption,
     Opening,
     TemplateOption,
+    TowerOption,
     UrlsOption,
     working,
 )
@@ -50,6 +51,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="Replace the template's system text.")] = None,
     template: TemplateOption = None,
     base: BaseOption = None,
+    vision_tower: TowerOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     load_in: LoadInOption = None,
@@ -75,7 +77,9 @@ def chat(
         raise UsageError("--json answers one question; give it with -p, --messages or on stdin")
     if conversation is None and save_boxes is not None:
         raise UsageError("--save-boxes goes with one question (-p); in a conversation it is /boxes FILE")
-    opening = Opening(model, base=base, template=template, device=device, dtype=dtype, load_in=load_in).found()
+    opening = Opening(
+        model, base=base, vision_tower=vision_tower, template=template, device=device, dtype=dtype, load_in=load_in
+    ).found()
     with working("starting"):  # torch takes seconds
         from llava.inference.sampling import SamplingParams
 

@@ -1,4 +1,4 @@
-"""`llava model show PATH`: what a model folder is, and what decided that; `llava model merge PATH --out DIR`."""
+"""`llava model show PATH`: what a model folder is, and what decided that; `merge PATH --out DIR`; `list`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look into a model folder; merge adapters.")
+from llava.cli.model_list import list_models
+
+app = typer.Typer(no_args_is_help=True, help="Look into a model folder; name models; merge adapters.")
+app.command("list")(list_models)
 
 
 @app.callback()

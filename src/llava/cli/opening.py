@@ -22,6 +22,9 @@ ModelOption = Annotated[
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="The model that a LoRA, projector or delta folder stands on.")
 ]
+TowerOption = Annotated[
+    str | None, typer.Option("--vision-tower", help="The vision tower's folder or hub id, where the model has none.")
+]
 TemplateOption = Annotated[
     str | None, typer.Option("--template", help="Chat template; decided by the model when not given.")
 ]
@@ -44,6 +47,7 @@ class Opening:
 
     path: str | None
     base: str | None = None
+    vision_tower: str | None = None
     template: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -56,8 +60,8 @@ class Opening:
         return self if self.path is not None else replace(self, path=str(_newest_quickstart()))
 
     def of(self, path: str) -> Opening:
-        """Another model on the same device and in the same numbers; it decides its base and template itself."""
-        return replace(self, path=path, base=None, template=None)
+        """Another model on the same device and in the same numbers; its parts and template are its own affair."""
+        return replace(self, path=path, base=None, vision_tower=None, template=None)
 
     def open(self) -> Model:
         """Open it, with a spinner where there is a terminal."""
@@ -69,6 +73,7 @@ class Opening:
             return llava.load(
                 opening.path,
                 base=opening.base,
+                vision_tower=opening.vision_tower,
                 device=opening.device,
                 dtype=opening.dtype,
                 load_in=cast(Any, opening.load_in),

@@ -26,6 +26,7 @@ from llava.cli.opening import (
     ModelOption,
     Opening,
     TemplateOption,
+    TowerOption,
     UrlsOption,
 )
 
@@ -51,6 +52,7 @@ def vqa(
     seed: SeedOption = None,
     max_new_tokens: TokensOption = 512,
     base: BaseOption = None,
+    vision_tower: TowerOption = None,
     template: TemplateOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -65,7 +67,9 @@ def vqa(
 
     answer_questions(
         read_questions(questions, ask=question or [], images=images, allow_urls=allow_urls),
-        Opening(model, base=base, template=template, device=device, dtype=dtype, load_in=load_in),
+        Opening(
+            model, base=base, vision_tower=vision_tower, template=template, device=device, dtype=dtype, load_in=load_in
+        ),
         Wording(beams, temperature, seed, max_new_tokens),
         command="llava vqa",
         out=out,
