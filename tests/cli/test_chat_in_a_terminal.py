@@ -27,7 +27,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": "dumb", "PATH": ""},
             preexec_fn=_take_terminal,
         )
         os.close(slave)
@@ -72,6 +72,32 @@ def test_ctrl_c_stops_a_long_answer_and_the_talk_goes_on(tmp_path: Path) -> None
         terminal.wait_for("> ")
         time.sleep(1)  # the line editor has the keys only a moment after its prompt is shown
         terminal.send("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+
+
+@pytest.mark.slow
+def test_the_tab_key_finishes_a_quoted_path_and_a_clipboard_that_is_not_there_is_one_line(
+    tmp_path: Path, picture: Path
+) -> None:
+    model = write_model(tmp_path / "model")
+    terminal = Terminal(
+        *(sys.executable, "-m", "llava.cli.main", "chat", str(model), "--max-new-tokens", "4", "--dtype", "float32")
+    )
+    try:
+        terminal.wait_for("> ")
+        time.sleep(1)
+        terminal.send(f"/image '{picture.parent}/a pic\t")
+        time.sleep(1)
+        terminal.send("\r")
+        terminal.wait_for("1 picture for your next question")
+        terminal.wait_for(r"\[1 picture\] > ")
+        terminal.send("/paste\r")
+        terminal.wait_for("clipboard")
+        terminal.wait_for(r"\[1 picture\] > ")
+        terminal.send("/quit\r")
         assert terminal.process.wait(timeout=30) == 0
     finally:
         terminal.process.kill()
