@@ -26,7 +26,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; other machines' only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What requests call the model; the folder's name when not given.")
+        str | None, typer.Option(help="What requests call the model; its folder's name when not given.")
     ] = None,
     api_key: Annotated[
         list[str] | None,
@@ -165,8 +165,11 @@ def _quantisation(value: str | None) -> Literal["4bit", "8bit"] | None:
 
 
 def _name_of(path: str) -> str:
-    """A hub id is its own name; a folder's is its last part."""
-    return Path(path).resolve().name if Path(path).exists() else path
+    """A hub id is its own name; a folder's is its last part, or the one before where that is just "model"."""
+    if not Path(path).exists():
+        return path
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
 
 
 def _check_name(name: str) -> str:

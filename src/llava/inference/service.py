@@ -229,10 +229,10 @@ class EngineService:
             tickets = list(self._tickets)
         ended = []
         for ticket in tickets:
-            before = ticket._given
+            # Before the caller hears of them, so that whoever asks then finds them counted.
+            self._counts["answer"] += len(ticket.generation.token_ids) - ticket._given
             if ticket._report():
                 ended.append(ticket)
-            self._counts["answer"] += ticket._given - before
         if not ended:
             return
         now = time.monotonic()

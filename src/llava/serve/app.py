@@ -7,6 +7,7 @@ GET /openapi.json
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -85,18 +86,27 @@ def _make_routes(worker: Worker, metrics: Metrics) -> FastAPI:
     return app
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How the answers to a request are written."""
+
+    n: int
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+
+
 async def _answer(worker: Worker, request: Request) -> Response:
     record: RequestRecord = request.scope["llava.record"]
-    chat, answers = await _begin(worker, request)
-    record.pictures = sum(isinstance(part, ImagePart) for turn in chat.messages for part in turn.content)
-    reply = Reply(worker.name, logprobs=chat.logprobs)
-    if chat.stream:
+    form, answers = await _begin(worker, request)
+    reply = Reply(worker.name, logprobs=form.logprobs)
+    if form.stream:
         return EventStream(
             answers,
             reply,
             record,
-            n=chat.n,
-            include_usage=chat.stream_options is not None and chat.stream_options.include_usage,
+            n=form.n,
+            include_usage=form.include_usage,
             send_timeout_seconds=worker.limits.send_timeout_seconds,
         )
     try:
@@ -104,18 +114,23 @@ async def _answer(worker: Worker, request: Request) -> Response:
     finally:
         answers.cancel()
         record.note_usage(answers.usage)
-    return _json(reply.completion(pieces, chat.n, answers.usage))
+    return _json(reply.completion(pieces, form.n, answers.usage))
 
 
-async def _begin(worker: Worker, request: Request) -> tuple[ChatRequest, Answers]:
-    """Read the body and queue the answers; the body is not kept while they are made."""
+async def _begin(worker: Worker, request: Request) -> tuple[_Form, Answers]:
+    """Read the body and queue the answers. Neither the body nor its pictures are kept while they are made."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
     chat = await worker.read(bytes(body))
-    del body
+    body.clear()
     answers = await unless_gone(request.receive, worker.begin(chat))
-    return chat, answers
+    arrived: Body = request.scope["llava.body"]
+    arrived.release()
+    pictures = sum(isinstance(part, ImagePart) for turn in chat.messages for part in turn.content)
+    request.scope["llava.record"].pictures = pictures
+    include_usage = chat.stream_options is not None and chat.stream_options.include_usage
+    return _Form(chat.n, chat.stream, include_usage, chat.logprobs), answers
 
 
 async def _collect(answers: Answers, record: RequestRecord) -> list[Piece]:

@@ -105,7 +105,7 @@ class Guard:
         finally:
             self._in_flight -= 1
             self._metrics.in_flight.dec()
-            self._buffered -= body.size
+            body.release()
             self._note(scope, record)
 
     def _admit(self, scope: Scope) -> None:
@@ -194,6 +194,11 @@ class Body:
         self.size += more
         self.whole = not message.get("more_body", False)
         return message
+
+    def release(self) -> None:
+        """Nobody holds the body any more."""
+        self._reserve(-self.size)
+        self.size = 0
 
     async def drop(self) -> None:
         """Read on for a moment without keeping anything."""

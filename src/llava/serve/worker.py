@@ -44,9 +44,8 @@ _PROBE_KEPT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Question:
-    """A request that can be answered: one prompt, and how each of the `n` answers is chosen."""
+    """What remains of a request when it is read: one prompt, and how each of the `n` answers is chosen."""
 
-    request: ChatRequest
     encoded: Encoded
     params: tuple[SamplingParams, ...]
     stop_strings: tuple[str, ...]
@@ -191,7 +190,6 @@ class Worker:
         # Answers of one request differ; each is the one that its own seed gives alone.
         seeds = [None if request.seed is None else _seed(request.seed, i) for i in range(request.n)]
         return Question(
-            request,
             encoded,
             tuple(replace(params, seed=seed) for seed in seeds),
             (*request.stop, *processor.stop_strings),
