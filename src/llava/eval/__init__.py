@@ -1,0 +1,1 @@
+"""Measuring: the family's benchmarks, asked with their own prompts and scored by their own rules."""

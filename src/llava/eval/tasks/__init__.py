@@ -1,0 +1,26 @@
+"""The benchmarks that ship, by name; `open_task` also takes one from outside as "package.module:NAME"."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from llava.errors import UsageError, name_nearest
+from llava.eval.task import Task
+
+TASKS: dict[str, str] = {}
+
+
+def open_task(name: str) -> Task:
+    """The task of a name or of "package.module:NAME". Raises UsageError, naming the nearest, for an unknown one."""
+    target = TASKS.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise UsageError(f"no task {name!r}; {name_nearest(name, TASKS)}, or package.module:NAME of your own")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"task {name!r}: {error}; give package.module:NAME that Python can import") from None
+    task = found() if isinstance(found, type) else found
+    if not isinstance(task, Task):
+        raise UsageError(f"task {name!r}: {attribute} has not the methods of llava.eval.task.Task")
+    return task
