@@ -14,6 +14,7 @@ from llava.checkpoint.load import Loaded
 from llava.inference.answer import Answer, Assistant
 from llava.inference.sampling import SamplingParams
 from llava.prompt.conversation import Conversation, Image, Message, Text
+from llava.serve.limits import ServeLimits
 from tests.serve.servers import NAME, Running, data_url, gated, picture, running, turn, wait_until
 
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
@@ -291,6 +292,51 @@ def test_health_asks_the_engine_and_says_when_it_does_not_answer(tiny: Loaded, m
         wait_until(lambda: server.worker.service.problem is not None)
         assert server.http.get("/health").status_code == 503
         assert server.code(server.ask()) == (503, "model_failed")
+
+
+def test_an_engine_that_makes_no_progress_is_not_healthy(tiny: Loaded) -> None:
+    with gated(tiny, limits=ServeLimits(stall_seconds=0.05)) as (server, gate):
+        asking = threading.Thread(target=server.ask)
+        asking.start()
+        wait_until(lambda: server.worker.service.engine.num_active == 1)
+        wait_until(lambda: server.http.get("/health").status_code == 503)
+        assert server.http.get("/health").json()["reason"] == "the engine makes no progress"
+        gate.open.release(100)
+        asking.join()
+        wait_until(lambda: server.http.get("/health").status_code == 200)
+
+
+def test_a_stream_without_news_is_kept_open_with_comments(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llava.serve.streaming as room
+
+    monkeypatch.setattr(room, "_PING_SECONDS", 0.01)
+    with gated(tiny) as (server, gate):
+        question = {"model": NAME, "messages": [turn("hi")], "temperature": 0, "max_tokens": 3, "stream": True}
+        with server.http.stream("POST", "/v1/chat/completions", json=question) as response:
+            lines = response.iter_lines()
+            assert next(line for line in lines if line.startswith(":")) == ": still at it"
+            gate.open.release(10)
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        chunks = server.client.chat.completions.create(**question)
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+
+
+def test_a_client_that_is_told_to_come_back_does_and_is_answered(tiny: Loaded) -> None:
+    """The official client waits as long as Retry-After says."""
+    with gated(tiny, limits=ServeLimits(max_waiting=1)) as (server, gate):
+        engine = server.worker.service.engine
+        others = [threading.Thread(target=server.ask) for _ in range(2)]
+        others[0].start()
+        wait_until(lambda: engine.num_active == 1)
+        others[1].start()
+        wait_until(lambda: engine.num_waiting == 1)
+        threading.Timer(0.2, gate.open.release, (1000,)).start()
+        patient = server.client.with_options(max_retries=3)
+        answer = patient.chat.completions.create(messages=[turn("hi")], max_tokens=4, **GREEDY)
+        assert answer.choices[0].finish_reason == "length"
+        assert server.worker.service.stats().refused == 1
+        for thread in others:
+            thread.join()
 
 
 def test_running_out_of_memory_ends_one_request_with_an_error_of_its_own(

@@ -12,10 +12,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava import __version__
-from llava.serve.guard import Body, Guard, RequestRecord
+from llava.serve.guard import Body, Guard, RequestRecord, refuse
 from llava.serve.keys import Keys
 from llava.serve.metrics import CONTENT_TYPE, Metrics
 from llava.serve.problems import ApiError, internal_error
@@ -176,11 +176,19 @@ def _json(value: object, *, status: int = 200) -> Response:
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     request.scope["llava.record"].code = error.code
-    headers = dict(error.headers)
-    body: Body = request.scope["llava.body"]
-    if not body.whole:
-        headers["Connection"] = "close"
-    return Response(dump(error.body()), status_code=error.status, headers=headers, media_type="application/json")
+    return _Refusal(error, request.scope["llava.body"])
+
+
+class _Refusal(Response):
+    """An error as the guard sends it: what is left of the body is dropped behind it."""
+
+    def __init__(self, error: ApiError, body: Body) -> None:
+        super().__init__(status_code=error.status)
+        self._error = error
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await refuse(self._error, send, self._body)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

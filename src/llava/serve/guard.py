@@ -28,7 +28,7 @@ OPEN_PATHS = ("/health",)
 
 # After an early refusal so much more of a body is read and dropped, so that the client gets to read the answer.
 _LINGER_BYTES = 1 << 20
-_LINGER_SECONDS = 2.0
+_LINGER_SECONDS = 0.5
 
 
 @dataclass
@@ -96,12 +96,12 @@ class Guard:
         except ApiError as error:
             record.code = error.code
             if not started:
-                await _refuse(error, send_noted, body)
+                await refuse(error, send_noted, body)
         except Exception:
             record.code = "internal_error"
             log_failure(record.request_id)
             if not started:
-                await _refuse(internal_error(), send_noted, body)
+                await refuse(internal_error(), send_noted, body)
         finally:
             self._in_flight -= 1
             self._metrics.in_flight.dec()
@@ -221,7 +221,7 @@ def too_large(limits: ServeLimits) -> ApiError:
     )
 
 
-async def _refuse(error: ApiError, send: Callable[[Message], Awaitable[None]], body: Body) -> None:
+async def refuse(error: ApiError, send: Callable[[Message], Awaitable[None]], body: Body) -> None:
     """Send an error; where the body has not been read to its end, the connection closes after it."""
     content = dump(error.body())
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
