@@ -1,6 +1,6 @@
 """Does sharing a picture's tokens cost quality? Grouped against shuffled on the quickstart's task, several seeds.
 
-    python benchmarks/grouping.py WORK_FOLDER [--seeds 3] [--steps 400] [--scenes 3000] [--record]
+    python benchmarks/grouping.py WORK_FOLDER [--seeds 3] [--steps 400] [--batch 48] [--scenes 3000] [--record]
 
 Stage 1 of the quickstart once a seed; then stage 2 twice from there, the same scenes and number of steps: with the
 conversations on a picture in one tree (`data.group_by_picture=true`, what `llava train` does), and shuffled over the
@@ -20,7 +20,9 @@ from statistics import fmean, stdev
 LAYOUTS = {"grouped": "true", "shuffled": "false"}
 
 
-def run_seed(folder: Path, seed: int, *, steps: int, scenes: int, held_out: int) -> dict[str, dict[str, float]]:
+def run_seed(
+    folder: Path, seed: int, *, steps: int, batch: int, scenes: int, held_out: int
+) -> dict[str, dict[str, float]]:
     """Accuracy by layout and kind."""
     from llava.data.scene_files import write_scenes
     from llava.quickstart.answering import open_answerer
@@ -42,6 +44,7 @@ def run_seed(folder: Path, seed: int, *, steps: int, scenes: int, held_out: int)
         f"model.vision_feature_layer={bases.facts['vision_feature_layer']}",
         f"data.files=[{quoted(data / 'captions.json')}]",
         f"run.out={quoted(place / 'align')}",
+        "optim.epochs=1.0",
         f"optim.max_steps={max(1, steps // 2)}",
     ]
     run_recipe(load_recipe("quickstart-align", [*common, *align]))
@@ -52,6 +55,7 @@ def run_seed(folder: Path, seed: int, *, steps: int, scenes: int, held_out: int)
             f"data.files=[{quoted(data / 'conversations.json')}]",
             f"data.group_by_picture={grouped}",
             f"optim.max_steps={steps}",
+            f"optim.batch_conversations={batch}",
             f"run.out={quoted(place / layout)}",
         ]
         run_recipe(load_recipe("quickstart-instruct", [*common, *instruct]))
@@ -85,6 +89,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400, help="of stage 2; stage 1 takes half")
+    parser.add_argument("--batch", type=int, default=48, help="conversations a step of stage 2")
     parser.add_argument("--scenes", type=int, default=3000)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--record", action="store_true")
@@ -92,7 +97,12 @@ def main() -> None:
     seeds = {}
     for seed in range(options.seeds):
         seeds[seed] = run_seed(
-            options.folder, seed, steps=options.steps, scenes=options.scenes, held_out=options.held_out
+            options.folder,
+            seed,
+            steps=options.steps,
+            batch=options.batch,
+            scenes=options.scenes,
+            held_out=options.held_out,
         )
         print(json.dumps({"benchmark": "grouping", "seed": seed, **seeds[seed]}), flush=True)
     print(table(seeds))
