@@ -7,7 +7,11 @@ from importlib import import_module
 from llava.errors import UsageError, name_nearest
 from llava.eval.task import Task
 
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "refcoco": "llava.eval.tasks.refcoco:REFCOCO",
+    "refcoco+": "llava.eval.tasks.refcoco:REFCOCO_PLUS",
+    "refcocog": "llava.eval.tasks.refcoco:REFCOCOG",
+}
 
 
 def open_task(name: str) -> Task:
