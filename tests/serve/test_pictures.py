@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from llava.serve.limits import ServeLimits
 from llava.serve.pictures import read_conversation
 from llava.serve.problems import ApiError
 from llava.serve.protocol import read_request
-from tests.serve.servers import Listener, Running, data_url, picture, running, turn
+from tests.serve.servers import WAIT, Listener, Running, data_url, picture, running, turn
 
 
 def read(
@@ -184,6 +185,33 @@ def test_a_server_without_the_switch_calls_nobody(server: Running, listener: Lis
     url = f"http://127.0.0.1:{listener.port}/a.png"
     assert server.code(server.ask(messages=[web(url)])) == (400, "image_url_not_allowed")
     assert listener.calls == 0
+
+
+def test_hosts_that_take_their_time_keep_nobody_else_waiting(tiny: Loaded) -> None:
+    asked, answer = threading.Semaphore(0), threading.Event()
+
+    class SlowWeb(FakeWeb):
+        def fetch(self, url: str, *, origin: str = "") -> bytes:
+            asked.release()
+            assert answer.wait(WAIT)
+            return super().fetch(url)
+
+    pages = {"https://a.org/x.png": picture()}
+    with running(tiny, allow_urls=True, new_fetcher=lambda: SlowWeb(pages)) as server:  # type: ignore[arg-type, return-value]
+        results: list[int] = []
+        slow = [
+            threading.Thread(target=lambda: results.append(server.ask(messages=[web(*pages)]).status_code))
+            for _ in range(6)
+        ]
+        for thread in slow:
+            thread.start()
+        for _ in range(server.worker.limits.prepare_threads):
+            assert asked.acquire(timeout=WAIT)
+        assert server.ask(messages=[turn(picture(), "hi")]).status_code == 200
+        answer.set()
+        for thread in slow:
+            thread.join(WAIT)
+        assert results == [200] * 6
 
 
 def test_the_listener_would_notice_a_call(listener: Listener) -> None:

@@ -68,7 +68,7 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("llava"):
             raise
-        raise MissingExtraError("llava serve", "serve") from None
+        raise MissingExtraError("the server", "serve") from None
     from llava.serve.keys import Keys
     from llava.serve.limits import ServeLimits
     from llava.serve.logs import configure

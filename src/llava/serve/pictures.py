@@ -64,6 +64,11 @@ def read_conversation(
     return _assemble(request, data)
 
 
+def has_web_pictures(request: ChatRequest) -> bool:
+    """Whether a request has pictures that must be fetched."""
+    return any(not _is_data(url) for _, url in _picture_urls(request))
+
+
 def _picture_urls(request: ChatRequest) -> Iterator[tuple[str, str]]:
     for i, message in enumerate(request.messages):
         for j, part in enumerate(message.content):

@@ -25,7 +25,7 @@ from llava.prompt.conversation import Conversation, Message, Text
 from llava.prompt.fetch import Fetcher, FetchLimits
 from llava.serve.json_body import read_object
 from llava.serve.limits import ServeLimits
-from llava.serve.pictures import read_conversation
+from llava.serve.pictures import has_web_pictures, read_conversation
 from llava.serve.problems import ApiError, explain, internal_error, shutting_down
 from llava.serve.protocol import ChatRequest, read_request
 from llava.serve.words import Piece, Words
@@ -90,6 +90,8 @@ class Worker:
         self.context_length = engine.context_length
         self.service = EngineService(engine, max_waiting=self.limits.max_waiting, probe=self._probe)
         self._pool = ThreadPoolExecutor(self.limits.prepare_threads, thread_name_prefix="llava-prepare")
+        # Requests that wait for the web have threads of their own: slow hosts keep nobody else waiting.
+        self._web_pool = ThreadPoolExecutor(self.limits.prepare_threads, thread_name_prefix="llava-prepare-web")
         self._fetch_pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="llava-fetch")
         self._probed_at = -math.inf
         self._probe_result: str | None = None
@@ -98,13 +100,14 @@ class Worker:
 
     async def read(self, body: bytes) -> ChatRequest:
         """Check a request's body. Raises ApiError."""
-        return await self._in_thread(partial(self._read, body))
+        return await self._in_thread(self._pool, partial(self._read, body))
 
     async def begin(self, request: ChatRequest) -> Answers:
         """Encode a request and queue its answers. Raises ApiError before any work of the engine."""
         answers = Answers(self, asyncio.get_running_loop())
+        pool = self._web_pool if self._new_fetcher is not None and has_web_pictures(request) else self._pool
         try:
-            await self._in_thread(partial(self._begin, request, answers))
+            await self._in_thread(pool, partial(self._begin, request, answers))
         except BaseException:
             answers.cancel()  # the thread may still be at it
             raise
@@ -136,12 +139,12 @@ class Worker:
         """Cancel what runs and end the threads."""
         self.draining = True
         self.service.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._fetch_pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._web_pool, self._fetch_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
         except LlavaError as error:
             raise explain(error) from None
 
