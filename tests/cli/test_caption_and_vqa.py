@@ -154,3 +154,13 @@ def test_a_run_that_was_ended_goes_on_to_the_same_file(
     assert main([*run, "--out", str(out)]) == 0
     assert "of 4 are in" in capsys.readouterr().err
     assert whole.read_bytes() == out.read_bytes()
+
+
+def test_progress_is_said_by_lines_where_nobody_watches_a_bar(
+    model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llava.cli.answering._SAY_EVERY_SECONDS", 0.0)
+    assert main(["caption", str(pictures), "--model", str(model), *FIXED]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"2 of 4 answered, 0 failed, 0:\d\d:\d\d left", said[0])
+    assert said[2].startswith("4 of 4 answered, 0 failed, 0:00:00 left")

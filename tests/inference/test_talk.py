@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import llava
-from llava.errors import ImageError, LlavaError, UsageError
+from llava.errors import ContextLengthError, ImageError, LlavaError, UsageError
+from llava.inference.answer import Assistant
 from llava.inference.talk import Model
 from llava.prompt.conversation import Image
 
@@ -74,6 +75,48 @@ def test_an_answer_that_is_broken_off_keeps_what_was_said(m: Model, folder: Path
     stream.close()  # type: ignore[attr-defined]
     assert talk.messages[-1].text == first.strip()
     assert m.assistant.engine.num_active == 0
+
+
+def test_a_conversation_goes_on_after_ctrl_c_and_after_being_stopped(m: Model, folder: Path) -> None:
+    talk = m.start_chat(max_new_tokens=30)
+    stream = talk.stream("What is it?", folder / "0.png")
+    first = next(stream)
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert talk.messages[-1].text == first.strip()
+    said = ""
+    for piece in talk.stream("And now?"):
+        said += piece
+        talk.stop()
+    assert talk.messages[-1].text == said.strip()
+    assert len(talk.messages) == 4
+    assert len(said) < 30
+    talk.stop()  # nothing under way: nothing happens
+    assert m.assistant.engine.num_active == 0
+
+
+def test_another_model_and_system_text_may_take_over(m: Model) -> None:
+    talk = m.start_chat(max_new_tokens=4, system="Be kind.")
+    talk.ask("Hello")
+    talk.system, talk.assistant = None, Assistant(m.model, m.processor.with_template("vicuna_v1"))
+    other = Model(m.model, m.processor.with_template("vicuna_v1"), m.report).start_chat(max_new_tokens=4)
+    other.messages = list(talk.messages)
+    assert talk.ask("Again") == other.ask("Again")
+
+
+def test_a_question_too_long_fails_alone(m: Model, folder: Path) -> None:
+    heard: dict[int, LlavaError | None] = {}
+    pairs = [(Image(folder / "0.png"), words) for words in ("What?", "long " * 600, "Why?")]
+    for beams in (1, 2):
+        texts = m.answer_all(
+            pairs,
+            beams=beams,
+            on_error="skip",
+            on_answer=lambda number, text, error: heard.update({number: error}),
+            max_new_tokens=4,
+        )
+        assert texts[1] == ""
+        assert [type(heard[number]) for number in range(3)] == [type(None), ContextLengthError, type(None)]
 
 
 def test_an_error_leaves_the_conversation_as_it_was(m: Model, tmp_path: Path) -> None:

@@ -223,20 +223,22 @@ class _Lines:
 
     def __init__(self, total: int, sink: _Sink) -> None:
         self._total, self._sink = total, sink
-        self._first = sink.done
-        self._began = self._said = time.monotonic()
+        self._left = total - sink.done
         self._heard = 0
+        self._first = self._said = time.monotonic()
 
     def __call__(self, number: int, text: str | None, error: Exception | None) -> None:
         self._sink.write(number, text, error)
         self._heard += 1
+        self._left -= 1
         now = time.monotonic()
-        if now - self._said < _SAY_EVERY_SECONDS:
-            return
-        self._said = now
-        done = self._first + self._heard
-        left = (now - self._began) / self._heard * (self._total - done)
-        print(f"{done} of {self._total} answered, {self._sink.failed} failed, {_lasting(left)} left", file=sys.stderr)
+        if self._heard == 1:
+            self._first = now  # the first has waited for everything to get going
+        elif now - self._said >= _SAY_EVERY_SECONDS:
+            self._said = now
+            left = _lasting((now - self._first) / (self._heard - 1) * self._left)
+            answered = self._total - self._left
+            print(f"{answered} of {self._total} answered, {self._sink.failed} failed, {left} left", file=sys.stderr)
 
 
 def _lasting(seconds: float) -> str:

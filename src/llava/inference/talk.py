@@ -283,7 +283,7 @@ class Chat:
                 if piece:
                     said.append(piece)
                     yield piece
-        except GeneratorExit:
+        except (GeneratorExit, KeyboardInterrupt):
             stream.cancel()
             self.messages += [asked, Message("assistant", (Text("".join(said).strip()),))]
             raise
