@@ -1,0 +1,1 @@
+"""Scorers that several tasks share."""
