@@ -205,9 +205,17 @@ def test_the_longest_answer_has_two_names_and_says_length(server: Running) -> No
         assert answer["choices"][0]["finish_reason"] == "length"
 
 
-def test_without_a_longest_answer_the_context_is_the_end(server: Running) -> None:
-    usage = server.ask(max_tokens=None).json()["usage"]
-    assert usage["total_tokens"] == server.worker.context_length
+def test_a_longest_answer_beyond_the_context_is_what_the_context_holds(server: Running) -> None:
+    for longest in (None, 100_000):
+        answer = server.ask(max_tokens=longest).json()
+        assert answer["usage"]["total_tokens"] == server.worker.context_length
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_request_that_names_no_longest_answer_gets_the_servers(tiny: Loaded) -> None:
+    with running(tiny, limits=ServeLimits(default_answer_tokens=7)) as server:
+        assert server.ask(max_tokens=None).json()["usage"]["completion_tokens"] == 7
+        assert server.ask(max_tokens=9).json()["usage"]["completion_tokens"] == 9
 
 
 def test_log_probabilities_are_the_models_own(server: Running, tiny: Loaded) -> None:

@@ -186,6 +186,7 @@ def test_a_body_is_not_kept_while_it_is_answered(tiny: Loaded) -> None:
         for number, thread in enumerate(threads, start=1):
             thread.start()
             wait_until(lambda number=number: server.worker.service.stats().requests == number)  # type: ignore[misc]
+            wait_until(lambda: server.server.config.app._buffered == 0)  # type: ignore[union-attr]
         gate.open.release(100)
         for thread in threads:
             thread.join(WAIT)
@@ -196,7 +197,9 @@ def test_a_body_is_not_kept_while_it_is_answered(tiny: Loaded) -> None:
     "body",
     [b"", b"{", b"[]", b'"text"', b"null", b"\xff\xfe{}", b'{"model": NaN}', b'{"temperature": Infinity}',
      b'{"n": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"a":' * 100_000, b"[" * 17 + b"]" * 17,
-     b"{" + b",".join(b'"k%d":1' % i for i in range(300_000)) + b"}", b"\\\"" * 200_000, b'"' * 200_001],
+     b"{" + b",".join(b'"k%d":1' % i for i in range(300_000)) + b"}", b"\\\"" * 200_000, b'"' * 200_001,
+     b" " * 20_000_000, b"1" * 20_000_000,
+        b'{"a": "' + b"x" * 20_000_000],
     ids=lambda body: f"{body[:12]!r} of {len(body)}",
 )  # fmt: skip
 def test_what_is_no_reasonable_json_is_refused(server: Running, body: bytes) -> None:
@@ -360,6 +363,8 @@ def test_a_prompt_that_does_not_fit_says_so_in_numbers_before_pictures_are_decod
         assert refused.value.code == "context_length_exceeded"
         assert str(context) in refused.value.message
     assert server.code(server.ask(messages=[turn("x" * 1_000_001)])) == (400, "context_length_exceeded")
+    monkeypatch.setattr(server.worker.processor, "encode", None)
+    assert server.code(server.ask(messages=[turn("x" * (64 * context + 1))])) == (400, "context_length_exceeded")
 
 
 def test_errors_have_the_protocols_form_and_an_id_to_find_them_by(server: Running) -> None:

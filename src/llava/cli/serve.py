@@ -12,11 +12,13 @@ import typer
 from llava.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
+    from llava.inference.engine import EngineLimits
     from llava.serve.keys import Keys
     from llava.serve.limits import ServeLimits
     from llava.serve.worker import Worker
 
 _MIB = 1024 * 1024
+_GIB = 1024 * _MIB
 
 
 def serve(
@@ -49,6 +51,10 @@ def serve(
     load_in: Annotated[str | None, typer.Option(help="4bit or 8bit (needs 'llava[quant]').")] = None,
     max_active: Annotated[int, typer.Option(help="Answers made at the same time.", min=1)] = 64,
     max_waiting: Annotated[int, typer.Option(help="Answers that may wait; beyond them requests get 429.", min=1)] = 64,
+    cache_gib: Annotated[float, typer.Option(help="Memory for keys and values of answers under way.", min=0.001)] = 4.0,
+    default_max_tokens: Annotated[
+        int, typer.Option(help="Longest answer to a request that names none, in tokens.", min=1)
+    ] = 1024,
     max_body_mib: Annotated[int, typer.Option(help="Largest request, in MiB.", min=1)] = 48,
     max_images: Annotated[int, typer.Option(help="Pictures in one request.", min=0)] = 16,
     max_image_side: Annotated[int, typer.Option(help="Longest side of a picture, in pixels.", min=1)] = 8192,
@@ -69,6 +75,7 @@ def serve(
         if error.name is not None and error.name.startswith("llava"):
             raise
         raise MissingExtraError("the server", "serve") from None
+    from llava.inference.engine import EngineLimits
     from llava.serve.keys import Keys
     from llava.serve.limits import ServeLimits
     from llava.serve.logs import configure
@@ -77,6 +84,7 @@ def serve(
     standard = ServeLimits()
     limits = replace(
         standard,
+        default_answer_tokens=default_max_tokens,
         max_waiting=max_waiting,
         max_requests=4 * (max_active + max_waiting),
         max_body_bytes=max_body_mib * _MIB,
@@ -93,7 +101,7 @@ def serve(
             path,
             name=name,
             limits=limits,
-            max_active=max_active,
+            engine_limits=EngineLimits(max_active=max_active, max_cache_bytes=int(cache_gib * _GIB)),
             allow_urls=allow_urls,
             base=base,
             template=template,
@@ -129,7 +137,7 @@ def _open(
     *,
     name: str,
     limits: ServeLimits,
-    max_active: int,
+    engine_limits: EngineLimits,
     allow_urls: bool,
     base: str | None,
     template: str | None,
@@ -138,7 +146,6 @@ def _open(
     load_in: Literal["4bit", "8bit"] | None,
 ) -> Worker:
     from llava.checkpoint.load import load
-    from llava.inference.engine import EngineLimits
     from llava.serve.worker import Worker
 
     loaded = load(path, base=base, device=device, dtype=dtype, load_in=load_in, template=template)
@@ -151,7 +158,7 @@ def _open(
         processor,
         name=name,
         limits=limits,
-        engine_limits=EngineLimits(max_active=max_active),
+        engine_limits=engine_limits,
         allow_urls=allow_urls,
     )
 

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from llava.serve.limits import ServeLimits
 from llava.serve.problems import ApiError, invalid
 
-# Possessive, and the closing quote optional: every byte is looked at once, whatever the text.
-_MARKS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
+# What lies between marks, then a string or a mark. Possessive, and the end optional: every byte is looked at once.
+_MARKS = re.compile(rb'[^"\[\]{},]*+("[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},])?', re.DOTALL)
 
 
 def read_object(body: bytes, limits: ServeLimits) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_object(body: bytes, limits: ServeLimits) -> dict[str, Any]:
 def _check_shape(body: bytes, limits: ServeLimits) -> None:
     depth = items = 0
     for match in _MARKS.finditer(body):
-        mark = match[0]
+        mark = match[1]
         if mark in (b"[", b"{"):
             depth += 1
         elif mark in (b"]", b"}"):

@@ -36,6 +36,9 @@ class ServeLimits:
     picture: ImageLimits = field(default_factory=ImageLimits)
     max_choices: int = 8
     """The largest `n`."""
+    default_answer_tokens: int = 1024
+    """The longest answer to a request that names none. The engine keeps room for the longest answer of each request, so
+    that a whole context for everybody would let few be answered at the same time."""
     max_waiting: int = 64
     """Answers that wait for the engine; beyond it requests are refused with 429."""
     max_requests: int = 256

@@ -27,7 +27,7 @@ from llava.serve.json_body import read_object
 from llava.serve.limits import ServeLimits
 from llava.serve.pictures import has_web_pictures, read_conversation
 from llava.serve.problems import ApiError, explain, internal_error, shutting_down
-from llava.serve.protocol import ChatRequest, read_request
+from llava.serve.protocol import ChatRequest, TextPart, read_request
 from llava.serve.words import Piece, Words
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 _FETCH_THREADS = 16
 _SMALLEST_TOP_P = 1e-9
+# Far above any text's mean; only runs of blanks make longer tokens.
+_MAX_CHARS_A_TOKEN = 64
 _PROBE_SECONDS = 20.0
 _PROBE_KEPT_SECONDS = 5.0
 
@@ -168,6 +170,7 @@ class Worker:
         if self.draining:
             raise shutting_down()
         processor = self.processor
+        self._check_chars(request)
         conversation = read_conversation(
             request,
             limits=self.limits,
@@ -179,7 +182,7 @@ class Worker:
         self._check_length(counted)
         encoded = processor.encode(conversation, open_turn=True) if conversation.images else counted
         stops = tuple(processor.stop_token_ids)
-        longest = self.context_length if request.token_limit is None else request.token_limit
+        longest = self.limits.default_answer_tokens if request.token_limit is None else request.token_limit
         params = SamplingParams(
             temperature=request.temperature,
             top_p=max(request.top_p, _SMALLEST_TOP_P),
@@ -197,6 +200,15 @@ class Worker:
             tuple(replace(params, seed=seed) for seed in seeds),
             (*request.stop, *processor.stop_strings),
         )
+
+    def _check_chars(self, request: ChatRequest) -> None:
+        """Refuse words that cannot fit before they are cut into tokens, which takes seconds a million."""
+        chars = sum(len(part.text) for turn in request.messages for part in turn.content if isinstance(part, TextPart))
+        if chars > self.context_length * _MAX_CHARS_A_TOKEN:
+            raise ContextLengthError(
+                f"{chars} characters of text are more than the model's context of {self.context_length} tokens holds; "
+                "shorten them"
+            )
 
     def _check_length(self, encoded: Encoded) -> None:
         """Refuse a prompt that leaves no room for an answer, before a picture of it is decoded."""
