@@ -11,6 +11,7 @@ TASKS: dict[str, str] = {
     "refcoco": "llava.eval.tasks.refcoco:REFCOCO",
     "refcoco+": "llava.eval.tasks.refcoco:REFCOCO_PLUS",
     "refcocog": "llava.eval.tasks.refcoco:REFCOCOG",
+    "coco_caption": "llava.eval.tasks.coco_caption:COCOCaption",
 }
 
 
