@@ -78,6 +78,7 @@ def test_parts_of_an_epoch_and_a_step_limit() -> None:
     assert StepPlan(groups, 4, 0, epochs=1.5).total_steps == 8
     assert StepPlan(groups, 4, 0, epochs=0.1).total_steps == 1
     assert StepPlan(groups, 4, 0, epochs=3.0, max_steps=2).total_steps == 2
+    assert StepPlan(groups, 4, 0, epochs=1e300, max_steps=2).total_steps == 2
     assert StepPlan(groups, 4, 0, epochs=2.0).epoch_at(6) == pytest.approx(1.4)
 
 

@@ -1,5 +1,6 @@
 """Recipes: read, extended, overridden, and refused with the line at fault."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,35 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 def test_broken_yaml_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"mine.yaml:2: not YAML"):
         load_recipe(write(tmp_path, "model:\n\tpath: x\n"))
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + below] * 9)}]\n" for below, name in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: &a {path: *a}", "nested deeper than 20"),
+        (BOMB, "more than 100,000 values"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("model: {path: 'a\x01b'}", "not YAML: .*special characters are not allowed"),
+        ("optim: {learning_rate: 2024-99-99}", "not YAML: month must be in"),
+        (f"optim: {{learning_rate: {'1' * 5000}}}", "not YAML: .*limit"),
+    ],
+)
+def test_yaml_that_explodes_or_that_python_cannot_hold_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("value", ["2024-99-99", "&a [*a]", "1" * 5000, "[" * 3000, "'a\x01'"])
+def test_an_override_that_python_cannot_hold_is_one_line(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RecipeError, match=r"not YAML|nested"):
+        load_recipe(write(tmp_path, MINIMAL), [f"optim.learning_rate={value}"])
 
 
 def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path: Path) -> None:

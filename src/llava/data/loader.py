@@ -94,7 +94,11 @@ class StepPlan:
     @property
     def total_steps(self) -> int:
         whole, part = divmod(self.epochs, 1.0)
-        steps = sum(len(self._bounds(epoch)) - 1 for epoch in range(int(whole)))
+        steps = 0
+        for epoch in range(int(whole)):
+            steps += len(self._bounds(epoch)) - 1
+            if self.max_steps is not None and steps >= self.max_steps:
+                return self.max_steps  # "epochs: 1e9, max_steps: 1000" is not counted to its end
         if part > 0:
             steps += math.ceil(part * (len(self._bounds(int(whole))) - 1))
         return steps if self.max_steps is None else min(steps, self.max_steps)

@@ -10,7 +10,7 @@ may stand in a recipe is in train/sections.py. Not covered: whether the files th
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -76,6 +76,8 @@ def recipe_schema() -> dict[str, Any]:
 # --- reading ---------------------------------------------------------------------------------------------------
 
 Path_ = tuple[str, ...]
+# What a recipe may come to when its aliases are written out: thousands of data files are well within.
+_DEEPEST, _MOST_VALUES = 20, 100_000
 
 
 @dataclass
@@ -108,26 +110,59 @@ def _read_tree(path: Path) -> _Tree:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    loader = _Loader(text)
+    tree = _Tree({})
     try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
-        tree = _Tree({})
-        _note_lines(node, (), path, tree.where)
-        values = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
-    tree.values = values
+        tree.values = _parse(text, lambda node: _note_recipe(node, path, tree.where))
+    except _ParseError as error:
+        raise RecipeError(f"{path}{error.line}: not YAML: {error}") from error
     return tree
 
 
-def _note_lines(node: yaml.Node, prefix: Path_, path: Path, where: dict[Path_, str]) -> None:
-    """Record the line of every key, and refuse a key that stands twice (YAML itself keeps the last in silence)."""
+class _ParseError(Exception):
+    """What is wrong with a text, and ":line" where that is known."""
+
+    def __init__(self, problem: str, *, line: str = "") -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _parse(text: str, look: Callable[[yaml.Node | None], object]) -> Any:
+    """The value of one YAML document; `look` sees it before anything is built from it. Raises _ParseError."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            look(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise _ParseError(problem, line=line) from error
+    except RecursionError:
+        raise _ParseError("nested too deeply") from None
+    except ValueError as error:  # what looks like a date and is none, a number of thousands of digits
+        raise _ParseError(str(error)) from error
+
+
+def _note_recipe(node: yaml.Node | None, path: Path, where: dict[Path_, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}: a recipe is a mapping with the sections {', '.join(Recipe.model_fields)}")
+    _note_lines(node, (), path, where)
+
+
+def _note_lines(node: yaml.Node | None, prefix: Path_, path: Path, where: dict[Path_, str]) -> None:
+    """Record the line of every key, and refuse a key that stands twice (YAML itself keeps the last in silence).
+
+    Aliases are followed, so a few lines may stand for billions of values, or for themselves: both are refused here.
+    """
+    if node is None:
+        return
+    if len(prefix) > _DEEPEST or len(where) > _MOST_VALUES:
+        what = f"nested deeper than {_DEEPEST}" if len(prefix) > _DEEPEST else f"more than {_MOST_VALUES:,} values"
+        raise RecipeError(f"{path}:{node.start_mark.line + 1}: {what}; a recipe needs no such thing")
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             where[(*prefix, str(index))] = f"{path}:{item.start_mark.line + 1}"
@@ -176,9 +211,9 @@ def _override(tree: _Tree, text: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"{text!r}: an override is section.key=value, for example optim.learning_rate=1e-3")
     try:
-        value = yaml.load(raw, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{text!r}: the value is not YAML; put quotes around it") from error
+        value = _parse(raw, lambda node: _note_lines(node, (), Path(name), {}))
+    except _ParseError as error:
+        raise RecipeError(f"{text!r}: the value is not YAML ({error}); put quotes around it") from error
     values = tree.values
     for key in keys[:-1]:
         child = values.get(key)

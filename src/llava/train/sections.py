@@ -214,7 +214,7 @@ class OptimSection(Section):
     batch_conversations: Count = Field(
         default=128, description="Conversations in one global step, all processes together."
     )
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     max_steps: Count | None = Field(default=None, description="Stop after so many steps even if epochs remain.")
 
 
