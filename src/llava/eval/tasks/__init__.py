@@ -12,6 +12,8 @@ TASKS: dict[str, str] = {
     "refcoco+": "llava.eval.tasks.refcoco:REFCOCO_PLUS",
     "refcocog": "llava.eval.tasks.refcoco:REFCOCOG",
     "coco_caption": "llava.eval.tasks.coco_caption:COCOCaption",
+    "pope": "llava.eval.tasks.pope:POPE",
+    "textvqa": "llava.eval.tasks.textvqa:TextVQA",
 }
 
 
