@@ -270,6 +270,8 @@ def test_metrics_count_what_was_asked(tiny: Loaded) -> None:
     with running(tiny) as server:
         server.ask(messages=[turn(picture(), "hi")])
         server.ask(model="other")
+        wait_until(lambda: 'code="model_not_found"' in server.http.get("/metrics").text)
+        wait_until(lambda: "llava_requests_in_flight 1.0" in server.http.get("/metrics").text)
         lines = server.http.get("/metrics").text.splitlines()
     values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
     route = 'route="/v1/chat/completions"'
