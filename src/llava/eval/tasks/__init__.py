@@ -14,6 +14,9 @@ TASKS: dict[str, str] = {
     "coco_caption": "llava.eval.tasks.coco_caption:COCOCaption",
     "pope": "llava.eval.tasks.pope:POPE",
     "textvqa": "llava.eval.tasks.textvqa:TextVQA",
+    "mmbench": "llava.eval.tasks.mmbench:MMBENCH",
+    "mmbench_cn": "llava.eval.tasks.mmbench:MMBENCH_CN",
+    "ccbench": "llava.eval.tasks.mmbench:CCBENCH",
 }
 
 
