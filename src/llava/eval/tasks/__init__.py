@@ -17,6 +17,7 @@ TASKS: dict[str, str] = {
     "mmbench": "llava.eval.tasks.mmbench:MMBENCH",
     "mmbench_cn": "llava.eval.tasks.mmbench:MMBENCH_CN",
     "ccbench": "llava.eval.tasks.mmbench:CCBENCH",
+    "seed": "llava.eval.tasks.seed:SEED",
 }
 
 
