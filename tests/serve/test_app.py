@@ -340,11 +340,17 @@ def test_a_client_that_is_told_to_come_back_does_and_is_answered(tiny: Loaded) -
         wait_until(lambda: engine.num_active == 1)
         others[1].start()
         wait_until(lambda: engine.num_waiting == 1)
-        threading.Timer(0.2, gate.open.release, (1000,)).start()
+        service = server.worker.service
+
+        def open_after_the_refusal() -> None:
+            wait_until(lambda: service.stats().refused == 1)
+            gate.open.release(1000)
+
+        others.append(threading.Thread(target=open_after_the_refusal))
+        others[-1].start()
         patient = server.client.with_options(max_retries=3)
         answer = patient.chat.completions.create(messages=[turn("hi")], max_tokens=4, **GREEDY)
         assert answer.choices[0].finish_reason == "length"
-        assert server.worker.service.stats().refused == 1
         for thread in others:
             thread.join()
 
