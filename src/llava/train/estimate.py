@@ -23,8 +23,10 @@ import torch
 from torch import nn
 
 from llava.data.batch import Batch
+from llava.model.last_block import last_block_only_at
 from llava.model.llava import Llava
 from llava.model.tree_attention import TreeLayout
+from llava.model.tree_support import find_tree_support
 from llava.train.adamw_8bit import BLOCK, SMALLEST
 from llava.train.loss import answer_loss
 from llava.train.memory_trace import MemoryTrace, Peak, fake_copy, fake_layout
@@ -200,6 +202,7 @@ def trace_step(model: Llava, batch: MicroBatch, *, dtype: torch.dtype, accumulat
 
     Phases: "pictures", "language model", "logits", "backward", and MemoryTrace.COPIES.
     """
+    picks = find_tree_support(model.language_model).last_block
     fake, mode = fake_copy(model)
     before = {name: p.grad for name, p in fake.named_parameters()}
     device = next(fake.parameters()).device
@@ -209,6 +212,7 @@ def trace_step(model: Llava, batch: MicroBatch, *, dtype: torch.dtype, accumulat
         for parameter in fake.parameters():
             parameter.grad = torch.empty_like(parameter) if accumulates and parameter.requires_grad else None
         layout = None if batch.layout is None else fake_layout(batch.layout, mode)
+        read = torch.arange(batch.answer_tokens, device=device) if picks and batch.answer_tokens else None
         trace = MemoryTrace(fake)
         with trace:
             with _autocast(device, dtype):
@@ -222,7 +226,10 @@ def trace_step(model: Llava, batch: MicroBatch, *, dtype: torch.dtype, accumulat
                     if features is not None:
                         is_image = (ids == 0)[..., None]
                         embeddings = embeddings.masked_scatter(is_image, features.flatten(0, 1).to(embeddings))
-                    hidden = fake.decode(embeddings, position_ids=None if layout is None else ids, tree_layout=layout)
+                    with last_block_only_at(fake.language_model, read):
+                        hidden = fake.decode(
+                            embeddings, position_ids=None if layout is None else ids, tree_layout=layout
+                        )
                 with trace.phase("logits"):
                     answers = torch.zeros(max(batch.answer_tokens, 1), dtype=torch.long, device=device)
                     loss = answer_loss(hidden, fake, predictors=answers, targets=answers)
