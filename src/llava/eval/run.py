@@ -14,7 +14,6 @@ from llava.eval.result import ANSWERS, Result, make_result, make_rows, save_resu
 from llava.eval.runner import Answerer, Shard, ask_all
 from llava.eval.task import AnswerRow, Question, Score, Task
 
-
 _WHOLE = Shard()
 
 

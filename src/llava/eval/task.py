@@ -110,4 +110,7 @@ class Task(Protocol):
         """
 
     def write_upload(self, questions: Sequence[Question], answers: Sequence[AnswerRow], path: Path) -> Path | None:
-        """Write the file that the benchmark's server takes; returns where it is, None when there is no server."""
+        """Write the file that the benchmark's server takes; returns where it is, None when there is no server.
+
+        path: where, but for the suffix, which is the task's own (.json, .jsonl, .xlsx).
+        """
