@@ -18,6 +18,8 @@ TASKS: dict[str, str] = {
     "mmbench_cn": "llava.eval.tasks.mmbench:MMBENCH_CN",
     "ccbench": "llava.eval.tasks.mmbench:CCBENCH",
     "seed": "llava.eval.tasks.seed:SEED",
+    "gqa": "llava.eval.tasks.gqa:GQA",
+    "mme": "llava.eval.tasks.mme:MME",
 }
 
 

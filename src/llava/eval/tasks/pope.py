@@ -40,7 +40,7 @@ class POPE:
             traps=(
                 "Today's random labels have 3,000 rows; LLaVA's questions follow the revision with 2,910.",
                 "Answers meet labels by position, so a shuffled file gets another figure in silence.",
-                "Only No, no and not, as words before the first full stop, mean no: NO, None and an empty answer are yes.",
+                "Only the words No, no and not before the first full stop mean no: NO, None and an empty text are yes.",
                 "The paper's figure is the mean F1 of the three; lmms-eval pools 9,000 rows and matches whole answers.",
             ),
         )
