@@ -116,6 +116,8 @@ class Gate:
         self._decoder = decoder
         self.open = threading.Semaphore(0)
         self.steps = 0
+        self.blocked = False
+        """Whether the engine stands before the gate, so that what comes now has to wait."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
@@ -125,7 +127,9 @@ class Gate:
         return logits
 
     def step(self, branches: Sequence[int], token_ids: Sequence[int]) -> Tensor:
+        self.blocked = True
         assert self.open.acquire(timeout=WAIT)
+        self.blocked = False
         self.steps += 1
         logits: Tensor = self._decoder.step(branches, token_ids)
         return logits

@@ -308,7 +308,7 @@ def test_an_engine_that_makes_no_progress_is_not_healthy(tiny: Loaded) -> None:
     with gated(tiny, limits=ServeLimits(stall_seconds=0.05)) as (server, gate):
         asking = threading.Thread(target=server.ask)
         asking.start()
-        wait_until(lambda: server.worker.service.engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         wait_until(lambda: server.http.get("/health").status_code == 503)
         assert server.http.get("/health").json()["reason"] == "the engine makes no progress"
         gate.open.release(100)
@@ -337,7 +337,7 @@ def test_a_client_that_is_told_to_come_back_does_and_is_answered(tiny: Loaded) -
         engine = server.worker.service.engine
         others = [threading.Thread(target=server.ask) for _ in range(2)]
         others[0].start()
-        wait_until(lambda: engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         others[1].start()
         wait_until(lambda: engine.num_waiting == 1)
         service = server.worker.service

@@ -214,7 +214,7 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(tiny: Loaded) -> None:
         ask = {"max_tokens": 6}
         first = threading.Thread(target=lambda: results.append(server.ask(**ask)))
         first.start()
-        wait_until(lambda: server.worker.service.engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         others = [threading.Thread(target=lambda: results.append(server.ask(**ask))) for _ in range(2)]
         for thread in others:
             thread.start()
@@ -235,7 +235,7 @@ def test_a_request_whose_answers_do_not_all_find_room_leaves_none_behind(tiny: L
     with gated(tiny, limits=ServeLimits(max_waiting=2)) as (server, gate):
         blocker = threading.Thread(target=server.ask, kwargs={"max_tokens": 6})
         blocker.start()
-        wait_until(lambda: server.worker.service.engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         assert server.code(server.ask(n=4)) == (429, "queue_full")
         gate.open.release(1000)
         blocker.join(WAIT)
@@ -247,7 +247,7 @@ def test_more_requests_at_once_than_allowed_are_429(tiny: Loaded) -> None:
     with gated(tiny, limits=ServeLimits(max_requests=1)) as (server, gate):
         blocker = threading.Thread(target=server.ask)
         blocker.start()
-        wait_until(lambda: server.worker.service.engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         assert server.code(server.ask()) == (429, "queue_full")
         assert server.http.get("/health").status_code == 200
         gate.open.release(1000)

@@ -65,7 +65,7 @@ def test_a_client_that_leaves_while_its_request_waits_is_forgotten(tiny: Loaded)
         engine = server.worker.service.engine
         engine._limits = type(engine._limits)(max_active=1)
         first = connect(server)
-        wait_until(lambda: engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         second = connect(server)
         wait_until(lambda: engine.num_waiting == 1)
         second.close()
@@ -125,7 +125,7 @@ def test_draining_lets_answers_end_and_cuts_the_rest_with_an_error(tiny: Loaded)
     with gated(tiny, drain_seconds=0.3) as (server, gate):
         engine = server.worker.service.engine
         long = connect(server, stream=True)
-        wait_until(lambda: engine.num_active == 1)
+        wait_until(lambda: gate.blocked)
         short = connect(server, stream=True, max_tokens=3)
         wait_until(lambda: engine.num_waiting == 1)
         gate.open.release()
