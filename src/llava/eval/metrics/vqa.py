@@ -76,6 +76,18 @@ def soft_accuracies(truths: Sequence[str]) -> dict[str, float]:
     return scores
 
 
+def vqa_accuracy(text: str, truths: Sequence[str], *, strict: bool = False) -> float:
+    """VQAv2's score of an answer, 0 to 1: both sides are normalised only when the ten people do not all agree.
+
+    So "Yes" is wrong where ten said "yes". strict: always normalised, and every dot goes.
+    """
+    said, meant = tidy(text), [tidy(truth) for truth in truths]
+    if strict or len(set(truths)) > 1:
+        said = normalise_vqa(said, all_dots=strict)
+        meant = [normalise_vqa(truth, all_dots=strict) for truth in meant]
+    return soft_accuracies(meant).get(said, 0.0)
+
+
 def _punctuation(text: str, *, all_dots: bool) -> str:
     number_comma = _DIGIT_COMMA.search(text) is not None
     out = text

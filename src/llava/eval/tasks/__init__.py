@@ -20,6 +20,10 @@ TASKS: dict[str, str] = {
     "seed": "llava.eval.tasks.seed:SEED",
     "gqa": "llava.eval.tasks.gqa:GQA",
     "mme": "llava.eval.tasks.mme:MME",
+    "llava_bench": "llava.eval.tasks.llava_bench:LLAVA_BENCH",
+    "llava_bench_coco": "llava.eval.tasks.llava_bench:LLAVA_BENCH_COCO",
+    "vqav2": "llava.eval.tasks.vqav2:VQAV2",
+    "vizwiz": "llava.eval.tasks.vizwiz:VizWiz",
 }
 
 
