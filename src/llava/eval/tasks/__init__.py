@@ -24,6 +24,8 @@ TASKS: dict[str, str] = {
     "llava_bench_coco": "llava.eval.tasks.llava_bench:LLAVA_BENCH_COCO",
     "vqav2": "llava.eval.tasks.vqav2:VQAV2",
     "vizwiz": "llava.eval.tasks.vizwiz:VizWiz",
+    "mmvet": "llava.eval.tasks.mmvet:MMVet",
+    "scienceqa": "llava.eval.tasks.scienceqa:ScienceQA",
 }
 
 
