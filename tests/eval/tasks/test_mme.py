@@ -108,3 +108,11 @@ def test_the_same_answer_twice_is_an_error_and_so_is_a_missing_one(tmp_path: Pat
         MME().score(questions, [answers[0], answers[0]])
     with pytest.raises(DataError, match="1 of 2 questions have no answer"):
         MME().score(questions, answers[:1])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_trial_with_an_odd_number_of_questions_says_so(tmp_path: Path, strict: bool) -> None:
+    questions = MME().read(write_folder(tmp_path), split="count")[:3]
+    score = MME().score(questions, said(questions, "yes", "no", "no"), strict=strict)
+    assert score.tables["tasks"][0]["score"] == pytest.approx(100 * 2 / 3 + 100)
+    assert any(note.startswith("1 answers are without a second") for note in score.notes)
