@@ -26,6 +26,7 @@ TASKS: dict[str, str] = {
     "vizwiz": "llava.eval.tasks.vizwiz:VizWiz",
     "mmvet": "llava.eval.tasks.mmvet:MMVet",
     "scienceqa": "llava.eval.tasks.scienceqa:ScienceQA",
+    "qbench": "llava.eval.tasks.qbench:QBench",
 }
 
 
