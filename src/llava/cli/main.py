@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("llava.cli.serve:serve", "Answer OpenAI chat-completions requests over HTTP."),
     "caption": Command("llava.cli.caption:caption", "Describe all pictures of a folder into a file."),
     "vqa": Command("llava.cli.vqa:vqa", "Answer a file of questions about pictures into a file."),
+    "eval": Command("llava.cli.eval:app", "Measure a model with the family's benchmarks, by their official rules."),
     "train": Command("llava.cli.train:train", "Train a model as a recipe says; run it again to resume."),
     "recipe": Command("llava.cli.recipe:app", "List, show and explain training recipes."),
     "data": Command("llava.cli.data:app", "Check, show and convert data sets."),

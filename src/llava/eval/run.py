@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError, LlavaError
 from llava.eval.answers import AnswerLog, write_answers
+from llava.eval.judge import Judge, JudgedTask, ReplyStore, judge_answers
 from llava.eval.result import ANSWERS, Result, make_result, make_rows, save_result
-from llava.eval.runner import Answerer, Shard, ask_all
+from llava.eval.runner import Answerer, Shard, ask_all, check_pictures
 from llava.eval.task import AnswerRow, Question, Score, Task
 
 _WHOLE = Shard()
@@ -34,6 +35,21 @@ class Asking:
     skip_errors: bool = False
 
 
+@dataclass(frozen=True)
+class Judging:
+    """Who grades where a task needs a judge: nobody (stored replies only) or an endpoint. say: hears the cost."""
+
+    judge_by: Judge | None = None
+    say: Callable[[str], None] = lambda line: None
+
+    def judge(
+        self, task: JudgedTask, questions: Sequence[Question], answers: Sequence[AnswerRow], folder: Path
+    ) -> list[AnswerRow]:
+        """Answers with their judge's replies, which are kept in FOLDER/judge.jsonl."""
+        store = ReplyStore(folder / "judge.jsonl")
+        return judge_answers(task, questions, answers, store=store, judge=self.judge_by, say=self.say)
+
+
 class Progress:
     """Hears how far a benchmark is."""
 
@@ -47,15 +63,31 @@ class Progress:
         """All that can be answered is answered."""
 
 
-def run_task(
-    task: Task, answerer: Answerer, *, root: Path, out: Path, asking: Asking, progress: Progress | None = None
-) -> Result | None:
-    """Run a benchmark into OUT/<task>; None while other shards' answers are missing.
+def read_questions(task: Task, root: Path, asking: Asking) -> list[Question]:
+    """What is to be asked; also looks whether the pictures are there. Raises DataError."""
+    questions = task.read(root, split=asking.split)[: asking.limit]
+    check_pictures(questions)
+    return questions
 
-    Raises DataError for wrong files, UsageError where the folder holds another run.
+
+def run_task(
+    task: Task,
+    answerer: Answerer,
+    *,
+    root: Path,
+    out: Path,
+    asking: Asking,
+    questions: Sequence[Question] | None = None,
+    judging: Judging | None = None,
+    progress: Progress | None = None,
+) -> Result | None:
+    """Run a benchmark into OUT/<task>; None for a shard, whose answers wait for the others'.
+
+    questions: what `read_questions` gave, where it has been called already. Raises DataError for wrong files,
+    UsageError where the folder holds another run, or a judge's replies are wanting and `judging` has no judge.
     """
     facts = task.describe()
-    questions = task.read(root, split=asking.split)[: asking.limit]
+    questions = read_questions(task, root, asking) if questions is None else questions
     decoding = dict(facts.decoding)
     if asking.greedy:
         decoding = {"temperature": 0.0, "max_new_tokens": decoding.get("max_new_tokens")}
@@ -100,6 +132,8 @@ def run_task(
         left_out = f"{len(questions) - len(answers):,} questions could not be asked and are left out"
         made_by["left_out"] = len(questions) - len(answers)
         notes = [f"{left_out} (--skip-errors): the figures do not compare"]
+    if isinstance(task, JudgedTask):
+        answers = (judging or Judging()).judge(task, answered, answers, folder)
     return score_answers(
         task, answered, answers, root=root, folder=folder, strict=asking.strict, made_by=made_by, notes=notes
     )
@@ -128,7 +162,7 @@ def score_answers(
             write_answers(folder / ANSWERS, (_as_record(answer) for answer in answers))
         save_result(folder, result, make_rows(questions, answers, score))
         (folder / "upload").mkdir(exist_ok=True)
-        if task.write_upload(questions, answers, folder / "upload" / task.name) is None:
+        if task.write_upload(questions, answers, folder / "upload" / f"{task.name}.json") is None:
             _remove_if_empty(folder / "upload")
     return result
 

@@ -91,7 +91,9 @@ class TaskFacts:
 class Task(Protocol):
     """A benchmark."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in --tasks and as a folder."""
 
     def describe(self) -> TaskFacts:
         """Its files, prompt, decoding and published figures."""
@@ -112,5 +114,5 @@ class Task(Protocol):
     def write_upload(self, questions: Sequence[Question], answers: Sequence[AnswerRow], path: Path) -> Path | None:
         """Write the file that the benchmark's server takes; returns where it is, None when there is no server.
 
-        path: where, but for the suffix, which is the task's own (.json, .jsonl, .xlsx).
+        path: where; it ends in .json, for which a task whose server takes another format puts its own suffix.
         """
