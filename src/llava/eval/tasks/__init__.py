@@ -27,6 +27,7 @@ TASKS: dict[str, str] = {
     "mmvet": "llava.eval.tasks.mmvet:MMVet",
     "scienceqa": "llava.eval.tasks.scienceqa:ScienceQA",
     "qbench": "llava.eval.tasks.qbench:QBench",
+    "mmmu": "llava.eval.tasks.mmmu:MMMU",
 }
 
 
