@@ -101,6 +101,19 @@ def test_a_long_conversation_is_an_error_left_out_or_cut(tmp_path: Path, process
     assert whole.num_truncated == 0
 
 
+def test_a_conversation_that_just_fits_is_kept_and_one_token_less_cuts_it(processor: Processor) -> None:
+    messages = tuple(Message(role, (Text(text),)) for role, text in (("user", "why"), ("assistant", "so")) * 3)
+    conversation = Conversation(messages, "a.json:1")
+    shorter = replace(conversation, messages=messages[:4])
+    whole, two = (processor.encode(one, images=[]) for one in (conversation, shorter))
+    for limit in (len(two.input_ids), len(whole.input_ids) - 1):
+        cut = truncate(conversation, [], processor, max_tokens=limit, whole=whole)
+        assert cut.input_ids.tolist() == two.input_ids.tolist()
+    assert len(truncate(conversation, [], processor, max_tokens=len(two.input_ids) - 1, whole=whole).input_ids) < len(
+        two.input_ids
+    )
+
+
 turns = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=6)
 
 

@@ -1,6 +1,7 @@
 """The token cache: the same batches with and without, whatever happens to its file."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,11 @@ def test_each_key_has_a_file_of_its_own(tmp_path: Path, processor: Processor) ->
     other = build_processor()
     other.tokenizer.add_special_tokens(["<new>"])
     caches.append(open_cache(tmp_path, other))
-    assert len({cache.path for cache in caches}) == 6
+    other = build_processor()
+    other.image_settings = replace(other.image_settings, mode="crop")
+    caches.append(open_cache(tmp_path, other))
+    caches.append(open_cache(tmp_path, processor.with_template(replace(processor.template, system="Be brief."))))
+    assert len({cache.path for cache in caches}) == 8
     assert open_cache(tmp_path, build_processor()).path == caches[0].path
 
 

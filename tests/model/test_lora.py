@@ -59,6 +59,17 @@ def test_merging_gives_the_adapted_models_output_and_plain_layers() -> None:
     assert all(torch.equal(parameter, beside[name]) for name, parameter in model.named_parameters())
 
 
+def test_what_an_adapter_adds_is_b_times_a_times_alpha_over_rank() -> None:
+    model = adapted_model()  # rank 4, alpha 8
+    fill(model)
+    for path, layer in lora_layers(model):
+        inputs = torch.randn(3, layer.in_features)
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with torch.no_grad():
+            expected = layer.base_layer(inputs) + 8 / 4 * (inputs @ down.T @ up.T)
+            torch.testing.assert_close(layer(inputs), expected, msg=path)
+
+
 def test_a_saved_model_has_its_lora_merged(tmp_path: Path) -> None:
     from llava.checkpoint import huggingface
     from llava.checkpoint.load import open_checkpoint

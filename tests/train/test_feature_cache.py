@@ -50,6 +50,17 @@ def test_a_damaged_entry_is_noticed_and_can_be_written_again(tmp_path: Path, dam
     assert torch.equal(cache.get(KEY), features)  # type: ignore[arg-type]
 
 
+def test_an_entry_that_cannot_be_read_is_computed_again(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    cache.put(KEY, torch.randn(1, 4, 16))
+    (path,) = files(tmp_path)
+    path.unlink()
+    path.mkdir()
+    assert cache.get(KEY) is None
+    cache.put(KEY, torch.randn(1, 4, 16))  # it cannot be kept either, which stops nothing
+    assert cache.get(KEY) is None
+
+
 def test_the_folder_stays_below_its_limit_whoever_wrote_it(tmp_path: Path) -> None:
     features = torch.randn(1, 4, 16)
     for identity in ("one", "two"):
@@ -82,6 +93,11 @@ def test_what_another_tower_or_layer_or_format_made_is_not_found(tmp_path: Path)
     first = identify_tower(model, dtype=torch.float32)
     assert identify_tower(build_tiny_llava(), dtype=torch.float32) == first
     assert identify_tower(model, dtype=torch.bfloat16) != first
+    config = model.config
+    for changes in ({"vision_feature_layer": -1}, {"vision_feature_select": "cls_patch"}):
+        model.config = config.with_changes(**changes)
+        assert identify_tower(model, dtype=torch.float32) != first, changes
+    model.config = config
     with torch.no_grad():
         next(model.vision_tower.parameters()).view(-1)[0] += 1e-6
     assert identify_tower(model, dtype=torch.float32) != first

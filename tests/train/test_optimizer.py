@@ -48,6 +48,12 @@ def test_the_cosine_rises_to_its_peak_and_falls_to_its_end() -> None:
     assert 0.2 < shares[-1] < 0.21
 
 
+def test_a_part_of_a_warm_up_step_is_a_whole_one() -> None:
+    shares = [rate_share(step, 50, optim(warmup_share=0.03)) for step in range(3)]  # 1.5 steps, as transformers rounds
+    assert shares[:2] == [0.5, 1.0]
+    assert rate_share(0, 10, optim(warmup_share=0.03)) == 1.0  # of a single step the first is the last
+
+
 def test_linear_and_constant_schedules() -> None:
     assert rate_share(50, 100, optim(schedule="linear", warmup_share=0.0)) == pytest.approx(0.5)
     assert {rate_share(s, 10, optim(schedule="constant", warmup_share=0.0)) for s in range(10)} == {1.0}

@@ -163,6 +163,17 @@ def test_auto_keeps_features_only_where_that_pays(tmp_path: Path, monkeypatch: p
     assert saving[0] == 0 < saving[1] < saving[2] == pytest.approx(1.5 * saving[1])
 
 
+def test_a_cache_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = build_tiny_llava()
+    model.vision_tower.requires_grad_(False)
+    with pytest.raises(RecipeError, match=r"run.feature_cache: .*file: Not a directory; choose another folder"):
+        open_feature_cache(
+            make_recipe(feature_cache=str(tmp_path / "file")),
+            model, [], visits=3.0, out_dir=tmp_path, dtype=torch.float32,
+        )  # fmt: skip
+
+
 def test_a_tower_that_learns_has_no_features_to_keep(tmp_path: Path) -> None:
     model = build_tiny_llava()
     arguments = {"visits": 3.0, "out_dir": tmp_path, "dtype": torch.float32}

@@ -170,6 +170,16 @@ def test_a_finished_run_is_not_trained_again(world: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "null", '{"state": "finished"}', '{"state"', '{"state": "finished", "recipe": 2, "total_steps": 1}'],
+)
+def test_a_damaged_record_of_a_run_is_no_finished_run(world: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(text)
+    assert run_recipe(make_recipe(world, tmp_path / "run", "optim.max_steps=1")).first_step == 0
+
+
+@pytest.mark.parametrize(
     "change", ["optim.learning_rate=1e-3", "run.seed=3", "optim.batch_conversations=4", "data.group_by_picture=false"]
 )
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_difference(

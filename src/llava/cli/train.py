@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,7 @@ def train(
         typer.echo(f"{result.out_dir}: finished already ({result.total_steps} steps); --restart trains it anew")
         return
     typer.echo(f"{result.out_dir}: done, {result.total_steps} steps, loss {result.loss:.3f}, {result.seconds:.0f} s")
-    typer.echo(f"Next: llava chat {result.out_dir}")
+    typer.echo(f"Next: llava chat {shlex.quote(str(result.out_dir))}")
 
 
 @contextmanager

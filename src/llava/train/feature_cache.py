@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,14 +49,15 @@ class FeatureCache:
         """The features of a picture on the CPU, None when they are not there or not whole."""
         try:
             data = self._path(key).read_bytes()
-        except FileNotFoundError:
+        except OSError:  # not there; or not to be read, which is no reason to stop a run that can compute it
             self.misses += 1
             return None
         features = _unpack(data)
         if features is None:
             self.damaged += 1
             self._held -= len(data)
-            self._path(key).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path(key).unlink(missing_ok=True)
             return None
         self.hits += 1
         return features
@@ -76,7 +78,8 @@ class FeatureCache:
             beside.write_bytes(data)
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
             self._stop(str(error))
             return
         self._held += len(data)

@@ -95,4 +95,9 @@ def open_feature_cache(
         recipe.run.feature_cache_gb,
     )
     limit = int(recipe.run.feature_cache_gb * 1e9 / process_count())
-    return FeatureCache(folder, identity=identify_tower(model, dtype=dtype), limit_bytes=limit)
+    try:
+        return FeatureCache(folder, identity=identify_tower(model, dtype=dtype), limit_bytes=limit)
+    except OSError as error:
+        raise RecipeError(
+            f"run.feature_cache: {folder}: {error.strerror}; choose another folder, or set it to off"
+        ) from error
