@@ -28,6 +28,8 @@ TASKS: dict[str, str] = {
     "scienceqa": "llava.eval.tasks.scienceqa:ScienceQA",
     "qbench": "llava.eval.tasks.qbench:QBench",
     "mmmu": "llava.eval.tasks.mmmu:MMMU",
+    "mathvista": "llava.eval.tasks.mathvista:MathVista",
+    "hallusionbench": "llava.eval.tasks.hallusionbench:HallusionBench",
 }
 
 
