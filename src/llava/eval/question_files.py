@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava.errors import DataError
 from llava.eval.matching import check_rows, unique_ids
 from llava.eval.reading import read_lines
 from llava.eval.task import Question
@@ -24,6 +25,9 @@ def read_original_questions(
     rows = read_lines(path, what=what, needs=("question_id", "image", "text"))
     if published is not None:
         check_rows(len(rows), published, path=path, way_out=way_out)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row["image"], str) or not isinstance(row["text"], str):
+            raise DataError(f"{path}: row {number}: image and text are texts; it should be {what}")
     ids = unique_ids([row["question_id"] for row in rows])
     return [
         Question(

@@ -9,8 +9,9 @@ import pytest
 
 from llava.errors import DataError
 from llava.eval.answers import read_answers
+from llava.eval.metrics.gqa import count_steps, distribution, prediction
 from llava.eval.task import AnswerRow, Question
-from llava.eval.tasks.gqa import GQA, count_steps, distribution, prediction
+from llava.eval.tasks.gqa import GQA
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from llava.errors import DataError
 from llava.eval.matching import benchmark_folder, first_there, in_question_order, match_by_words
+from llava.eval.metrics.gqa import distribution, prediction, tables_of
 from llava.eval.published import published
 from llava.eval.question_files import GREEDY_128, SHORT_ANSWER, read_original_questions
 from llava.eval.reading import check_keys, read_json, row_notes
@@ -18,7 +19,6 @@ from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
 ROWS = 12578
 _WHAT = "GQA's questions, an object by question id"
-_NO_STEPS = ("exist", "query: name", "choose name")
 _TABLES = {
     "structural": "Accuracy / structural type",
     "semantic": "Accuracy / semantic type",
@@ -98,7 +98,7 @@ class GQA:
             if not row["isBalanced"]:
                 continue
             correct[question.id] = hit = float(said == truth)
-            for name, key in _keys(row).items():
+            for name, key in tables_of(row).items():
                 groups[name][key].append(hit)
             if (group := row.get("groups", {}).get("global")) is not None:
                 gold[group][truth] += 1
@@ -127,38 +127,6 @@ class GQA:
         rows = [{"questionId": q.meta["question_id"], "prediction": prediction(answer.text)} for q, answer in pairs]
         path.write_text(json.dumps(rows), encoding="utf-8")
         return path
-
-
-def prediction(text: str, *, strict: bool = False) -> str:
-    """An answer as it is compared."""
-    return (text.strip().rstrip(".").strip() if strict else text.rstrip(".")).lower()
-
-
-def distribution(gold: Mapping[str, Counter[str]], told: Mapping[str, Counter[str]]) -> float:
-    """Chi-square of the answers told against the right ones, the mean over groups by their size, over 100."""
-    total = weight = 0.0
-    for group, counts in gold.items():
-        size = counts.total()
-        total += size * sum((told[group][answer] - count) ** 2 / count for answer, count in counts.items())
-        weight += size
-    return total / weight / 100 if weight else 0.0
-
-
-def count_steps(row: Mapping[str, Any]) -> int:
-    """Operations of a question's program, without those that only name or ask for being there."""
-    operations = [f"{step['operation']}: {step['argument']}" for step in row.get("semantic", ())]
-    return sum(not any(word in operation for word in _NO_STEPS) for operation in operations)
-
-
-def _keys(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "all": "",
-        "kind": "open" if row["types"]["structural"] == "query" else "binary",
-        "structural": row["types"]["structural"],
-        "semantic": row["types"]["semantic"],
-        "steps": count_steps(row),
-        "words": len(row["question"].split()),
-    }
 
 
 def _percent(hits: Sequence[float]) -> float:

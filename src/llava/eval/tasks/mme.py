@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from llava.errors import DataError
-from llava.eval.matching import Pair, benchmark_folder, first_there, in_question_order, match_by_words
-from llava.eval.metrics.yes_no import ratio, read_mme, read_strictly
+from llava.eval.matching import benchmark_folder, first_there, in_question_order, match_by_words
+from llava.eval.metrics.mme import by_picture, figures_of, is_right
+from llava.eval.metrics.yes_no import read_mme, read_strictly
 from llava.eval.published import published
 from llava.eval.question_files import GREEDY_128, SHORT_ANSWER, read_original_questions
 from llava.eval.reading import read_text, row_notes
@@ -96,13 +97,13 @@ class MME:
                 asked = [pair for pair in pairs if pair[0].meta["category"] == name]
                 if not asked:
                     continue
-                twos = _by_picture(asked) if strict else [asked[at : at + 2] for at in range(0, len(asked), 2)]
+                twos = by_picture(asked) if strict else [asked[at : at + 2] for at in range(0, len(asked), 2)]
                 alone += sum(len(two) == 1 for two in twos)
                 twos = [two for two in twos if len(two) == 2]
                 apart += sum(two[0][0].meta["picture"] != two[1][0].meta["picture"] for two in twos)
-                hits = {question.id: _is_right(question, answer, strict=strict) for question, answer in asked}
+                hits = {question.id: is_right(question, answer, strict=strict) for question, answer in asked}
                 correct |= {key: float(hit) for key, hit in hits.items()}
-                rows.append({"group": group, "task": name, **_figures(asked, twos, hits, strict=strict)})
+                rows.append({"group": group, "task": name, **figures_of(asked, twos, hits, strict=strict)})
             if rows:
                 totals[group.lower()] = sum(row["score"] for row in rows)
                 printed.append(f"=========== {group} ===========\ntotal score: {totals[group.lower()]} \n")
@@ -123,42 +124,6 @@ class MME:
 
     def write_upload(self, questions: Sequence[Question], answers: Sequence[AnswerRow], path: Path) -> Path | None:
         return None
-
-
-def _read(text: str, *, strict: bool) -> str:
-    if not strict:
-        return read_mme(text.replace("\t", " ").replace("\n", " "))
-    words = set(text.lower().replace(".", " ").replace(",", " ").split())
-    meant = read_strictly(text)
-    return "no" if meant == "no" else "yes" if "yes" in words else "other"
-
-
-def _is_right(question: Question, answer: AnswerRow, *, strict: bool) -> bool:
-    return bool(_read(answer.text, strict=strict) == question.meta["answers"][0])
-
-
-def _figures(
-    asked: Sequence[Pair], twos: Sequence[Sequence[Pair]], hits: Mapping[str, bool], *, strict: bool
-) -> dict[str, Any]:
-    both = sum(all(hits[question.id] for question, _ in two) for two in twos)
-    accuracy, accuracy_plus = ratio(sum(hits.values()), len(asked)), ratio(both, len(twos))
-    others = sum(_read(answer.text, strict=strict) == "other" for _, answer in asked)
-    return {
-        "rows": len(asked),
-        "accuracy": accuracy,
-        "accuracy+": accuracy_plus,
-        "other": others,
-        "score": accuracy * 100 + accuracy_plus * 100,
-    }
-
-
-def _by_picture(asked: Sequence[Pair]) -> list[list[Pair]]:
-    pictures: dict[str, list[Pair]] = {}
-    for pair in asked:
-        pictures.setdefault(pair[0].meta["picture"], []).append(pair)
-    if wrong := [name for name, two in pictures.items() if len(two) > 2]:
-        raise DataError(f"mme: {len(pictures[wrong[0]])} questions on picture {wrong[0]}; MME has two a picture")
-    return list(pictures.values())
 
 
 def _asked(prompt: str) -> str:

@@ -14,8 +14,9 @@ from llava.eval.matching import benchmark_folder, check_rows, first_there, in_qu
 from llava.eval.metrics.vqa import has_dot_limit, normalise_m4c, vqa_accuracy
 from llava.eval.published import published
 from llava.eval.question_files import GREEDY_128, SHORT_ANSWER, read_original_questions
-from llava.eval.reading import check_keys, read_json, read_lines, row_notes
+from llava.eval.reading import read_lines, row_notes
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
+from llava.eval.vqa_files import read_vqa_questions
 
 ROWS = {"test-dev": 107394, "test": 447793, "val": 214354}
 _FILES = {
@@ -64,7 +65,14 @@ class VQAV2:
             raise DataError(f"vqav2: no split {split!r}; there are {', '.join(ROWS)}")
         folder = benchmark_folder(root, "vqav2", "VQAv2")
         if split == "val":
-            return _read_val(folder, root)
+            return read_vqa_questions(
+                folder / _FILES["val"],
+                folder / _ANNOTATIONS,
+                images=first_there(folder / "val2014", root / "coco" / "val2014"),
+                picture="COCO_val2014_{:012}.jpg",
+                meta={"split": "val"},
+                published=ROWS["val"],
+            )
         questions = read_original_questions(
             folder / _FILES[split],
             images=first_there(folder / "test2015", root / "coco" / "test2015"),
@@ -112,43 +120,6 @@ class VQAV2:
 def lay_over(question_ids: Sequence[Any], texts: Mapping[str, str]) -> list[dict[str, Any]]:
     """The rows of an upload: every id in order, its normalised answer, or "" without one."""
     return [{"question_id": key, "answer": normalise_m4c(texts.get(str(key), ""))} for key in question_ids]
-
-
-def _read_val(folder: Path, root: Path) -> list[Question]:
-    path, notes = folder / _FILES["val"], folder / _ANNOTATIONS
-    rows = _list(path, "questions", ("question_id", "image_id", "question"))
-    annotations = {
-        str(row["question_id"]): row
-        for row in _list(notes, "annotations", ("question_id", "question_type", "answer_type", "answers"))
-    }
-    if differing := {str(row["question_id"]) for row in rows} ^ set(annotations):
-        raise DataError(
-            f"{notes}: {len(differing):,} questions are only in it or in {path.name}, such as {min(differing)}"
-        )
-    images = first_there(folder / "val2014", root / "coco" / "val2014")
-    found = []
-    for row in rows:
-        key = str(row["question_id"])
-        meta = {
-            "question_id": row["question_id"],
-            "answers": [answer["answer"] for answer in annotations[key]["answers"]],
-            **{name: annotations[key][name] for name in ("question_type", "answer_type")},
-            "split": "val",
-        }
-        image = images / f"COCO_val2014_{row['image_id']:012}.jpg"
-        found.append(Question(key, f"{row['question']}\n{SHORT_ANSWER}", (image,), meta, 128))
-    return found
-
-
-def _list(path: Path, key: str, needs: Sequence[str]) -> list[dict[str, Any]]:
-    what = f"VQAv2's {key}, an object with a list {key!r}"
-    value = read_json(path, what=what)
-    check_keys(value, (key,), origin=str(path), what=what)
-    rows: list[dict[str, Any]] = value[key]
-    for number, row in enumerate(rows):
-        check_keys(row, needs, origin=f"{path}: row {number}", what=what)
-    check_rows(len(rows), ROWS["val"], path=path)
-    return rows
 
 
 def _by(name: str, questions: Sequence[Question], correct: Mapping[str, float]) -> list[dict[str, Any]]:
