@@ -12,11 +12,18 @@ import typer
 
 from llava.distributed import is_main
 from llava.errors import TrainingError, UsageError
+from llava.train.stopping import leaving_on_request
 
 if TYPE_CHECKING:
     from llava.train.sections import Recipe
 
 
+def _tell_stopped() -> None:
+    if is_main():
+        typer.echo("llava train: stopped", err=True)
+
+
+@leaving_on_request(_tell_stopped)
 def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one (`llava recipe list`).")],

@@ -24,6 +24,8 @@ from llava.train.stopping import LIFELINE
 
 # Exit codes of a command beside 0: what it could not do and has said, stopped, and another process failed first.
 _REFUSED, _STOPPED, ECHO = 2, 130, 75
+# What a process that is still starting may end by when it is asked to stop.
+_ASKED = (signal.SIGINT, signal.SIGTERM)
 # How long the others may take to end by themselves after one has failed. A collective on a GPU never ends by itself.
 _GRACE_SECONDS = 20.0
 _POLL_SECONDS = 0.1
@@ -57,7 +59,7 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "llava") -
         ours = _kill(workers)
     codes = [ECHO if worker in ours else worker.returncode for worker in workers]
     for number, code in enumerate(codes):
-        if code < 0 and code != -signal.SIGTERM:
+        if code < 0 and -code not in _ASKED:
             _tell_killed(number, -code)
     return _summarise(codes)
 
@@ -126,7 +128,7 @@ def _tell_killed(number: int, by: int) -> None:
 
 def _summarise(codes: Sequence[int]) -> int:
     """One exit code for all: the gravest."""
-    told = [_STOPPED if code == -signal.SIGTERM else code for code in codes if code not in (0, ECHO)]
+    told = [_STOPPED if -code in _ASKED else code for code in codes if code not in (0, ECHO)]
     if any(code not in (_REFUSED, _STOPPED) for code in told):
         return 1
     if _REFUSED in told:

@@ -273,11 +273,12 @@ def _finished(out_dir: Path, recipe: Recipe) -> RunResult | None:
         return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        state, before, steps = run["state"], run["recipe"], int(run["total_steps"])
+    except (ValueError, TypeError, KeyError):
         return None
-    if run.get("state") != "finished":
+    if state != "finished" or not isinstance(before, dict):
         return None
-    different = differences(run["recipe"], recipe.model_dump(mode="json"))
+    different = differences(before, recipe.model_dump(mode="json"))
     if different:
         raise TrainingError(
             f"{out_dir} holds a finished run of another recipe: {'; '.join(different[:3])}; choose another run.out, or "
@@ -285,7 +286,6 @@ def _finished(out_dir: Path, recipe: Recipe) -> RunResult | None:
         )
     shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)  # where a kill interrupted the last act
     lines = read_metrics(out_dir / "metrics.jsonl")
-    steps = int(run["total_steps"])
     return RunResult(out_dir, steps, steps, lines[-1]["loss"] if lines else None, 0.0)
 
 

@@ -11,13 +11,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Set by train/launch.py: standard input is then a pipe whose end means that the launcher is gone.
 LIFELINE = "LLAVA_LIFELINE"
 # A launcher passes a Ctrl-C on that the terminal has sent to everybody: what comes so soon again is the same one.
 _SAME_WISH_SECONDS = 1.0
+
+
+# How long Ctrl-C may take to end a run that has not begun, and the code of a command that it ended.
+_PATIENCE_SECONDS = 3.0
+_STOPPED = 130
 
 
 class RunStoppedError(KeyboardInterrupt):
@@ -49,6 +54,40 @@ def asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_on_request(tell: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C ends this process for certain, within seconds: while libraries are imported, some swallow it or turn it
+    into an error of their own. `tell` is called where it has to end without going back through its callers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    overdue: list[threading.Timer] = []
+
+    def leave() -> None:
+        tell()
+        sys.stderr.flush()
+        os._exit(_STOPPED)
+
+    def note(number: int, frame: object) -> None:
+        if not overdue:
+            overdue.append(threading.Timer(_PATIENCE_SECONDS, leave))
+            overdue[0].daemon = True
+            overdue[0].start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if overdue:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for timer in overdue:
+            timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop_with_launcher() -> None:
