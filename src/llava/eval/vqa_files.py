@@ -18,8 +18,8 @@ def read_vqa_questions(
 ) -> list[Question]:
     """Questions in their file's order, with the people's answers, question_type and answer_type in their meta.
 
-    picture: the name of a picture in the folder `images`, with the place of its number as {:012}. meta: more of it, the same for all. published:
-    rows of both published files. Raises DataError, also when the files are not of the same questions.
+    picture: the name of a picture in `images`, with {:012} where its number goes. meta: more of it, the same for all.
+    published: rows of both published files. Raises DataError, also when the files are not of the same questions.
     """
     rows = _list(questions, "questions", ("question_id", "image_id", "question"), published)
     notes = _list(annotations, "annotations", ("question_id", "question_type", "answer_type", "answers"), published)

@@ -1,10 +1,13 @@
 """POPE: questions met with labels, answers read and counted as LLaVA's eval_pope does."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llava.errors import DataError
 from llava.eval.metrics.yes_no import binary_figures, read_mme, read_pope, read_strictly
@@ -138,3 +141,16 @@ def test_missing_and_double_answers_are_errors(tmp_path: Path, kept: int) -> Non
 def test_ratios_of_nothing_are_zero_where_the_original_stops() -> None:
     figures, _ = binary_figures(["no", "no"], ["yes", "no"])
     assert (figures["precision"], figures["recall"], figures["F1"]) == (0.0, 0.0, 0.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["yes", "no"]), st.sampled_from(["yes", "no"])), min_size=1))
+def test_counts_and_ratios_are_those_of_a_table_made_by_hand(pairs: list[tuple[str, str]]) -> None:
+    figures, hits = binary_figures([found for found, _ in pairs], [label for _, label in pairs])
+    table = Counter(pairs)
+    assert (figures["TP"], figures["FP"]) == (table["yes", "yes"], table["yes", "no"])
+    assert (figures["TN"], figures["FN"]) == (table["no", "no"], table["no", "yes"])
+    assert figures["accuracy"] == sum(hits) / len(pairs)
+    if figures["TP"]:
+        once, again = figures["FP"] / figures["TP"], figures["FN"] / figures["TP"]
+        assert figures["F1"] == pytest.approx(2 / (2 + once + again), abs=1e-9)
+    assert figures["yes ratio"] == sum(found == "yes" for found, _ in pairs) / len(pairs)
