@@ -166,3 +166,21 @@ def test_bfloat16_autocast_keeps_weights_and_gradients_in_float32(tiny_llava: Ca
     exact = make_trainer(tiny_llava()).step(make_step())
     assert record.loss == pytest.approx(exact.loss, rel=2e-2)  # bfloat16 has 8 bits
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_dropout_draws_anew_for_each_step_and_process_and_the_same_for_a_seed(
+    tiny_llava: Callable[..., Llava], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(*, step: int = 0, process: int = 0, seed: int = 0) -> float:
+        model = tiny_llava()
+        lora = {"rank": 4, "dropout": 0.5}
+        tune = TuneSection.model_validate({"language_model": "lora", "language_model_lora": lora})
+        trainer = make_trainer(model, tune=tune, seed=seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # new ones are zero, so that nothing could be seen of what is dropped before them
+                torch.nn.init.constant_(parameter, 0.05)
+        monkeypatch.setattr("llava.train.loop.process_number", lambda: process)
+        return trainer.step(make_step(step)).loss
+
+    assert loss() == loss()
+    assert len({loss(), loss(step=1), loss(process=1), loss(seed=1)}) == 4
