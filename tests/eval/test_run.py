@@ -139,4 +139,6 @@ def test_a_figure_that_is_no_mean_of_the_answers_has_no_interval(root: Path) -> 
 
     questions = MadeUp().read(root, split=None)
     answers = [AnswerRow(key, text) for key, text in WORDS.items()]
-    assert score_answers(Harmonic(), questions, answers, root=root, folder=None).interval is None
+    result = score_answers(Harmonic(), questions, answers, root=root, folder=None)
+    assert result.interval is None
+    assert result.notes == ["answers right: 75.0%, 95 % interval 50.0% to 100.0%"]

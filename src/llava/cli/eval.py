@@ -145,7 +145,7 @@ def run(
     opening = Opening(
         model, base=base, vision_tower=vision_tower, template=template, device=device, dtype=dtype, load_in=load_in
     ).found()
-    local = LocalModel(opening.open(), name=Path(str(opening.path)).name)
+    local = LocalModel(opening.open(), name=_name_of(str(opening.path)))
     run_tasks(chosen, local, data=data, out=out, asking=asking, judging=judging, questions=questions)
 
 
@@ -260,6 +260,12 @@ def list_tasks() -> None:
     typer.echo("\nNext: llava eval --describe NAME")
 
 
+def _name_of(path: str) -> str:
+    """The folder's name; that of the run where the folder is a run's `model`."""
+    folder = Path(path).expanduser().absolute()
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
+
+
 def _names(tasks: str) -> list[str]:
     from llava.eval.tasks import TASKS
 
@@ -304,5 +310,5 @@ def demo(
     data = write_demo(out / "data", num_scenes=scenes)
     tasks, asking = demo_tasks(), Asking(force=force)
     questions = {task.name: read_questions(task, data, asking) for task in tasks}
-    local = LocalModel(opening.open(), name=Path(str(opening.path)).name)
+    local = LocalModel(opening.open(), name=_name_of(str(opening.path)))
     run_tasks(tasks, local, data=data, out=out, asking=asking, judging=Judging(), questions=questions)

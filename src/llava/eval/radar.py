@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-_SIDE, _RADIUS = 560, 190
+_SIDE, _RADIUS = 560, 180
 _MARGIN = 1.06  # the rim lies a little beyond the best figure of its axis
 MIN_AXES = 3
 

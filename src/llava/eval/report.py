@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.figures import interval_text, models_of, number, provenance_lines, published_models
-from llava.eval.report_page import page
+from llava.eval.report_page import MAX_TABLE, page
 from llava.eval.result import Result, load_results, load_rows
 
 _JSON, _MARKDOWN, _PAGE = "report.json", "report.md", "report.html"
@@ -56,7 +56,7 @@ def markdown(results: Sequence[Result]) -> str:
         if result.printed:
             parts += ["", "```", result.printed, "```"]
         for name, table in result.tables.items():
-            if table:
+            if 0 < len(table) <= MAX_TABLE:
                 columns = list(dict.fromkeys(key for row in table for key in row))
                 cells = [[_cell(row.get(column)) for column in columns] for row in table]
                 parts += ["", f"### {name}", "", *_table(columns, cells)]

@@ -17,6 +17,7 @@ from llava.eval.result import Result, Row
 from llava.prompt.decoding import decode_image
 
 WRONG_SHOWN = 12
+LONG_TABLE, MAX_TABLE = 32, 300
 _THUMBNAIL = 240
 _LONGEST_TEXT = 600
 
@@ -93,11 +94,11 @@ def _summary(results: Sequence[Result]) -> str:
 
 
 def _radar(results: Sequence[Result], model: str) -> str:
-    axes = [result.title for result in results if result.figure is not None]
-    series: dict[str, dict[str, float]] = {model: {r.title: r.figure for r in results if r.figure is not None}}
+    axes = [result.task for result in results if result.figure is not None]
+    series: dict[str, dict[str, float]] = {model: {r.task: r.figure for r in results if r.figure is not None}}
     for result in results:
         for name, value in result.published.items():
-            series.setdefault(name, {})[result.title] = value
+            series.setdefault(name, {})[result.task] = value
     drawn = radar(axes, series)
     if not drawn:
         return ""
@@ -112,7 +113,7 @@ def _section(result: Result, rows: Sequence[Row]) -> str:
     parts = [
         f'<h2 id="{escape(result.task)}">{escape(result.title)}</h2>',
         f"<ul>{notes}</ul>" if notes else "",
-        *(f"<h3>{escape(name)}</h3>{table(lines)}" for name, lines in result.tables.items() if lines),
+        *(_named_table(name, lines) for name, lines in result.tables.items() if lines),
         f"<details><summary>As the official tool prints it</summary><pre>{html.escape(result.printed)}</pre></details>"
         if result.printed
         else "",
@@ -120,6 +121,15 @@ def _section(result: Result, rows: Sequence[Row]) -> str:
         f"<details><summary>What made these figures</summary><dl>{made}</dl></details>",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _named_table(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """A short table as it is, a long one folded, a very long one cut."""
+    if len(lines) <= LONG_TABLE:
+        return f"<h3>{escape(name)}</h3>{table(lines)}"
+    cut = "" if len(lines) <= MAX_TABLE else f"; the first {MAX_TABLE}, the rest is in result.json"
+    head = f"<summary>{escape(name)}: {len(lines):,} rows{cut}</summary>"
+    return f"<details>{head}{table(lines[:MAX_TABLE])}</details>"
 
 
 def _wrong(rows: Sequence[Row]) -> str:

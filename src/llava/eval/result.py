@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -74,15 +75,16 @@ def make_result(
     made_by: Mapping[str, Any],
 ) -> Result:
     """Put a score together with what made it. made_by: `Answerer.describe()` and the run's own settings."""
+    interval, share = _intervals(score, questions, facts.published_metric)
     return Result(
         task=task.name,
         title=facts.title,
         headline=dict(score.headline),
         published_metric=facts.published_metric,
         published=dict(facts.published),
-        interval=_interval(score, questions, facts.published_metric),
+        interval=interval,
         tables={name: [dict(row) for row in rows] for name, rows in score.tables.items()},
-        notes=list(score.notes),
+        notes=[*score.notes, *share],
         printed=score.printed,
         provenance={
             "rows": len(questions),
@@ -175,20 +177,23 @@ def split_hash(questions: Sequence[Question], root: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _interval(score: Score, questions: Sequence[Question], metric: str) -> tuple[float, float] | None:
-    """The interval of the published metric, where that is the mean of the answers' scores."""
+def _intervals(
+    score: Score, questions: Sequence[Question], metric: str
+) -> tuple[tuple[float, float] | None, list[str]]:
+    """The interval of the published metric where that is the mean of the answers' scores; else a note with theirs."""
     judged = [question for question in questions if question.id in score.correct]
-    figure = score.headline.get(metric)
-    if not judged or figure is None:
-        return None
+    if not judged:
+        return None, []
     values = [score.correct[question.id] for question in judged]
     mean = sum(values) / len(values)
+    figure = score.headline.get(metric, math.nan)
+    found = bootstrap(values, [question.images or question.id for question in judged])
     # some official tools round to four digits
     scale = next((scale for scale in (1.0, 100.0) if abs(figure / scale - mean) < 5.1e-5), None)
     if scale is None:
-        return None
-    found = bootstrap(values, [question.images or question.id for question in judged])
-    return scale * found.low, scale * found.high
+        said = f"answers right: {mean:.1%}, 95 % interval {found.low:.1%} to {found.high:.1%}"
+        return None, [said]
+    return (scale * found.low, scale * found.high), []
 
 
 def _reference(meta: Mapping[str, Any]) -> str:
