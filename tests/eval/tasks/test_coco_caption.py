@@ -21,9 +21,10 @@ def _folder(root: Path) -> Path:
         {"image_id": 9, "id": 2, "caption": "The dog is asleep."},
         {"image_id": 77, "id": 3, "caption": "Of no question."},
     ]
-    (root / "coco_karpathy_val.json").write_text(json.dumps(pictures))
+    (root / "coco_caption").mkdir(exist_ok=True)
+    (root / "coco_caption/coco_karpathy_val.json").write_text(json.dumps(pictures))
     content = {"images": [{"id": 9}, {"id": 42}, {"id": 77}], "annotations": annotations}
-    (root / "coco_karpathy_val_gt.json").write_text(json.dumps(content))
+    (root / "coco_caption/coco_karpathy_val_gt.json").write_text(json.dumps(content))
     return root
 
 
@@ -31,7 +32,7 @@ def test_a_picture_is_asked_once_and_has_all_its_captions(tmp_path: Path) -> Non
     first, second = COCOCaption().read(_folder(tmp_path), split=None)
     assert (first.id, second.id) == ("9", "42")
     assert first.prompt == "Describe the image in detail."
-    assert first.images == (tmp_path / "val2014/COCO_val2014_000000000009.jpg",)
+    assert first.images == (tmp_path / "coco/val2014/COCO_val2014_000000000009.jpg",)
     assert first.meta["captions"] == ("A dog sleeps on a sofa.", "The dog is asleep.")
 
 
@@ -53,9 +54,9 @@ def test_captions_alike_score_highest(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_picture_without_captions_is_refused(tmp_path: Path) -> None:
     root = _folder(tmp_path)
-    (root / "coco_karpathy_val_gt.json").write_text('{"annotations": [{"image_id": 9, "caption": "x"}]}')
+    (root / "coco_caption/coco_karpathy_val_gt.json").write_text('{"annotations": [{"image_id": 9, "caption": "x"}]}')
     with pytest.raises(DataError, match="picture 42 has no captions"):
         COCOCaption().read(root, split="val")
-    (root / "coco_karpathy_val_gt.json").write_text('[{"image_id": 9}]')
+    (root / "coco_caption/coco_karpathy_val_gt.json").write_text('[{"image_id": 9}]')
     with pytest.raises(DataError, match="no object but list"):
         COCOCaption().read(root, split="val")

@@ -34,13 +34,14 @@ VERDICTS = ["correct", "Incorrect", "correct.", "unclear", "“correct”"]
 
 
 def _folder(root: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
-    (root / "HallusionBench.json").write_text(json.dumps(rows))
+    (root / "HallusionBench").mkdir(exist_ok=True)
+    (root / "HallusionBench/HallusionBench.json").write_text(json.dumps(rows))
     return root
 
 
 def test_a_question_without_a_figure_is_asked_without_a_picture(tmp_path: Path) -> None:
     questions = TASK.read(_folder(tmp_path), split=None)
-    assert questions[0].images == (tmp_path / "hallusion_bench/VD/chart/0_0.png",)
+    assert questions[0].images == (tmp_path / "HallusionBench/hallusion_bench/VD/chart/0_0.png",)
     assert questions[3].images == ()
     assert [question.id for question in questions][2:4] == ["VD_chart_0_1_1", "VS_chart_0_0_0"]
     assert questions[0].prompt == "Is it 0?"

@@ -21,13 +21,15 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _wild(root: Path) -> Path:
+    folder = root / "llava-bench-in-the-wild"
+    folder.mkdir(exist_ok=True)
     kinds = ("conv", "detail", "complex")
     asked = [{"question_id": n, "image": f"00{n % 2}.jpg", "text": f"Q{n}?", "category": kinds[n]} for n in range(3)]
-    _write(root / "questions.jsonl", asked)
+    _write(folder / "questions.jsonl", asked)
     contexts = [{"image": "000.jpg", "caption": ["First.", "Second."]}, {"image": "001.jpg", "caption": "One caption."}]
-    _write(root / "context.jsonl", contexts)
+    _write(folder / "context.jsonl", contexts)
     _write(
-        root / "answers_gpt4.jsonl", [{"question_id": n, "text": f"ref {n}", "answer_id": f"r{n}"} for n in range(3)]
+        folder / "answers_gpt4.jsonl", [{"question_id": n, "text": f"ref {n}", "answer_id": f"r{n}"} for n in range(3)]
     )
     return root
 
@@ -38,7 +40,7 @@ ANSWERS = [AnswerRow(str(number), f"out {number}", {"answer_id": f"m{number}"}) 
 def test_the_judge_is_asked_in_the_originals_words(tmp_path: Path) -> None:
     questions = LLAVA_BENCH.read(_wild(tmp_path), split=None)
     assert questions[0].prompt == "Q0?"
-    assert questions[0].images == (tmp_path / "images/000.jpg",)
+    assert questions[0].images == (tmp_path / "llava-bench-in-the-wild/images/000.jpg",)
     first, second, _ = (request.payload for request in LLAVA_BENCH.judge_requests(questions, ANSWERS))
     assert {key: value for key, value in first.items() if key != "messages"} == {
         "model": "gpt-4-0314",
@@ -57,11 +59,15 @@ def test_the_judge_is_asked_in_the_originals_words(tmp_path: Path) -> None:
 
 
 def test_the_coco_set_tells_the_boxes_too(tmp_path: Path) -> None:
+    (tmp_path / "llava_bench_coco").mkdir()
     row = {"question_id": 0, "image": "a.jpg", "text": "Q?", "category": "conv"}
-    _write(tmp_path / "qa90_questions.jsonl", [row])
+    _write(tmp_path / "llava_bench_coco/qa90_questions.jsonl", [row])
     box = {"category": "cup", "bbox": [0.1, 0.25, 0.5, 1.0]}
-    _write(tmp_path / "caps_boxes_coco2014_val_80.jsonl", [{"image": "a.jpg", "captions": ["C."], "instances": [box]}])
-    _write(tmp_path / "qa90_gpt4_answer.jsonl", [{"question_id": 0, "text": "ref"}])
+    _write(
+        tmp_path / "llava_bench_coco/caps_boxes_coco2014_val_80.jsonl",
+        [{"image": "a.jpg", "captions": ["C."], "instances": [box]}],
+    )
+    _write(tmp_path / "llava_bench_coco/qa90_gpt4_answer.jsonl", [{"question_id": 0, "text": "ref"}])
     questions = LLAVA_BENCH_COCO.read(tmp_path, split=None)
     (request,) = LLAVA_BENCH_COCO.judge_requests(questions, ANSWERS[:1])
     content = request.payload["messages"][1]["content"]
@@ -139,8 +145,8 @@ def test_reviews_are_written_and_read_in_the_originals_format(tmp_path: Path) ->
 
 def test_references_of_other_questions_are_refused(tmp_path: Path) -> None:
     root = _wild(tmp_path)
-    lines = (root / "answers_gpt4.jsonl").read_text().splitlines(keepends=True)
-    (root / "answers_gpt4.jsonl").write_text("".join(lines[::-1]))
+    lines = (root / "llava-bench-in-the-wild/answers_gpt4.jsonl").read_text().splitlines(keepends=True)
+    (root / "llava-bench-in-the-wild/answers_gpt4.jsonl").write_text("".join(lines[::-1]))
     with pytest.raises(DataError, match=r"not the questions of .* in their order"):
         LLAVA_BENCH.read(root, split=None)
 

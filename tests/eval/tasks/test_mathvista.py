@@ -29,11 +29,13 @@ CHOICE = {"question_type": "multi_choice", "answer_type": "text", "choices": ["1
 
 def _folder(root: Path, *, examples: bool = True) -> Path:
     rows = {"1": _row(unit="cm"), "2": _row(**CHOICE), "3": _row(answer_type="integer", answer="4", precision=None)}
-    (root / "data").mkdir()
-    (root / "data/testmini.json").write_text(json.dumps(rows))
+    (root / "MathVista/data").mkdir(parents=True)
+    (root / "MathVista/data/testmini.json").write_text(json.dumps(rows))
     if examples:
-        (root / "evaluation/prompts").mkdir(parents=True)
-        (root / "evaluation/prompts/ext_ans.py").write_text('\n\ndemo_prompt = """\nPlease read.\n\nExamples.\n"""\n')
+        (root / "MathVista/evaluation/prompts").mkdir(parents=True)
+        (root / "MathVista/evaluation/prompts/ext_ans.py").write_text(
+            '\n\ndemo_prompt = """\nPlease read.\n\nExamples.\n"""\n'
+        )
     return root
 
 
@@ -48,7 +50,7 @@ def test_queries_carry_unit_choices_and_the_hint_of_their_kind(tmp_path: Path) -
         "option letter, e.g., A, B, C, D, at the end.\nSolution:"
     )
     assert "requiring an integer answer" in third.prompt
-    assert first.images == (tmp_path / "data/images/1.jpg",)
+    assert first.images == (tmp_path / "MathVista/data/images/1.jpg",)
 
 
 def test_the_judge_sees_only_what_is_not_plain(tmp_path: Path) -> None:
@@ -120,6 +122,6 @@ def test_without_a_judge_the_quick_rule_serves_and_nothing_else(tmp_path: Path) 
 
 def test_a_problem_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     root = _folder(tmp_path)
-    (root / "data/testmini.json").write_text(json.dumps({"9": _row(precision=5.0)}))
+    (root / "MathVista/data/testmini.json").write_text(json.dumps({"9": _row(precision=5.0)}))
     with pytest.raises(DataError, match=r"9: answer_type 'float', precision 5\.0 are not known"):
         TASK.read(root, split=None)

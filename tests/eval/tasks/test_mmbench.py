@@ -25,11 +25,14 @@ ROWS = [
 OPTIONS = {"A": "dog", "B": "cat", "C": "bird", "D": "a very long fish name"}
 
 
-def _folder(root: Path, *, name: str = "mmbench_dev_20230712.tsv", header: list[str] = HEADER) -> Path:
+def _folder(
+    root: Path, *, name: str = "mmbench_dev_20230712.tsv", header: list[str] = HEADER, of: str = "mmbench"
+) -> Path:
     places = [HEADER.index(column) for column in header]
     quoted = [[f'"{cell.replace(chr(34), 2 * chr(34))}"' if '"' in cell else cell for cell in row] for row in ROWS]
     lines = [header, *([row[place] for place in places] for row in quoted)]
-    (root / name).write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+    (root / of).mkdir(exist_ok=True)
+    (root / of / name).write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
     return root
 
 
@@ -51,9 +54,9 @@ def test_equal_pictures_and_references_to_them_are_one_file(tmp_path: Path) -> N
 
 
 def test_the_chinese_tables_ask_in_chinese(tmp_path: Path) -> None:
-    _folder(tmp_path, name="mmbench_dev_cn_20231003.tsv")
+    _folder(tmp_path, name="mmbench_dev_cn_20231003.tsv", of="mmbench_cn")
     assert MMBENCH_CN.read(tmp_path, split=None)[0].prompt.endswith("B. dog\n请直接回答选项字母。")
-    _folder(tmp_path, name="CCBench.tsv")
+    _folder(tmp_path, name="CCBench.tsv", of="ccbench")
     assert CCBENCH.read(tmp_path, split=None)[0].prompt.endswith("\n请直接回答选项字母。")
 
 
@@ -139,7 +142,7 @@ def test_a_table_without_answers_is_for_upload_only(tmp_path: Path) -> None:
 def test_missing_cut_and_foreign_tables_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of mmbench_dev_20230712\.tsv"):
         MMBENCH.read(tmp_path, split="dev")
-    path = _folder(tmp_path) / "mmbench_dev_20230712.tsv"
+    path = _folder(tmp_path) / "mmbench/mmbench_dev_20230712.tsv"
     whole = path.read_text()
     path.write_text(whole[: whole.rindex(PICTURE[:4]) + 20])
     with pytest.raises(DataError, match="it was cut, fetch it again"):

@@ -28,9 +28,9 @@ def _folder(root: Path, *, broken: dict[str, Any] | None = None) -> Path:
     art = [_row("validation_Art_1"), _row("validation_Art_2", answer="A")]
     math = [_row("validation_Math_1", question_type="open", options="[]", answer="['3.5', 'seven halves']")]
     for subject, rows in {"Math": [broken or math[0]], "Art": art}.items():
-        (root / subject).mkdir(parents=True, exist_ok=True)
+        (root / "MMMU" / subject).mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(rows), root / subject / "validation-00000-of-00001.parquet"
+            pyarrow.Table.from_pylist(rows), root / "MMMU" / subject / "validation-00000-of-00001.parquet"
         )
     return root
 
@@ -114,7 +114,7 @@ def test_missing_cut_and_changed_tables_say_so(tmp_path: Path) -> None:
     root = _folder(tmp_path / "b", broken=_row("validation_Math_1", options="apple, pear"))
     with pytest.raises(DataError, match="'apple, pear' is no list"):
         MMMU().read(root, split=None)
-    path = root / "Math/validation-00000-of-00001.parquet"
+    path = root / "MMMU/Math/validation-00000-of-00001.parquet"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         MMMU().read(root, split=None)

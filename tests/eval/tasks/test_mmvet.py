@@ -27,7 +27,8 @@ def _questions(root: Path) -> list[Question]:
         "v1_1": {"imagename": "v1_0.png", "question": "Who?", "answer": "A<OR>B", "capability": ["rec"]},
         "v1_2": {"imagename": "v1_2.jpg", "question": "Why?", "answer": "so", "capability": ["math", "ocr"]},
     }
-    (root / "mm-vet.json").write_text(json.dumps(rows))
+    (root / "mm-vet").mkdir(exist_ok=True)
+    (root / "mm-vet/mm-vet.json").write_text(json.dumps(rows))
     return TASK.read(root, split=None)
 
 
@@ -37,7 +38,7 @@ ANSWERS = [AnswerRow("v1_0", "x = -1"), AnswerRow("1", "B"), AnswerRow("v1_2", "
 def test_the_question_is_asked_bare_and_graded_in_a_table(tmp_path: Path) -> None:
     questions = _questions(tmp_path)
     assert questions[0].prompt == "What is x?"
-    assert questions[1].images == (tmp_path / "images/v1_0.png",)
+    assert questions[1].images == (tmp_path / "mm-vet/images/v1_0.png",)
     payload = TASK.judge_requests(questions, ANSWERS)[0].payload
     content = payload["messages"][0]["content"]
     assert content.startswith("Compare the ground truth and prediction from AI models, to give a correctness score")
@@ -104,6 +105,7 @@ def test_the_upload_is_texts_by_id(tmp_path: Path) -> None:
 
 
 def test_a_row_without_its_capability_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mm-vet.json").write_text('{"v1_0": {"imagename": "a", "question": "b", "answer": "c"}}')
+    (tmp_path / "mm-vet").mkdir()
+    (tmp_path / "mm-vet/mm-vet.json").write_text('{"v1_0": {"imagename": "a", "question": "b", "answer": "c"}}')
     with pytest.raises(DataError, match=r"mm-vet\.json: v1_0: no capability"):
         TASK.read(tmp_path, split=None)

@@ -20,14 +20,15 @@ ROWS = [
 
 
 def _folder(root: Path, rows: list[dict[str, object]] = ROWS) -> Path:
-    (root / "llvisionqa_dev.json").write_text(json.dumps(rows))
+    (root / "qbench").mkdir(exist_ok=True)
+    (root / "qbench/llvisionqa_dev.json").write_text(json.dumps(rows))
     return root
 
 
 def test_the_prompt_ends_with_a_lines_end(tmp_path: Path) -> None:
     first, second = QBench().read(_folder(tmp_path), split=None)
     assert first.prompt == "Is it sharp?\nChoose between one of the options as follows:\nA. Yes\nB. No\n"
-    assert first.images == second.images == (tmp_path / "images/a.jpg",)
+    assert first.images == second.images == (tmp_path / "qbench/images/a.jpg",)
     assert (first.id, second.id, second.max_new_tokens) == ("0", "1", 1024)
 
 

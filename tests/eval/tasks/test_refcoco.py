@@ -29,15 +29,15 @@ def _folder(root: Path) -> Path:
 def test_a_phrase_becomes_a_question_on_its_picture(tmp_path: Path) -> None:
     first, second = REFCOCO.read(_folder(tmp_path), split=None)
     assert first.prompt == "[refer] give me the location of left cup"
-    assert first.images == (tmp_path / "train2014/COCO_train2014_000000000007.jpg",) == second.images
+    assert first.images == (tmp_path / "coco/train2014/COCO_train2014_000000000007.jpg",) == second.images
     assert first.meta["box"] == (0, 4, 15, 44)  # 51.5 / 333 is 15.47: cut, not rounded
     assert first.max_new_tokens == 100
 
 
 def test_the_pictures_of_2017_are_taken_when_they_are_there(tmp_path: Path) -> None:
-    (tmp_path / "train2017").mkdir()
-    (tmp_path / "train2017/000000000007.jpg").write_bytes(b"")
-    assert REFCOCO.read(_folder(tmp_path), split="val")[0].images == (tmp_path / "train2017/000000000007.jpg",)
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    (tmp_path / "coco/train2017/000000000007.jpg").write_bytes(b"")
+    assert REFCOCO.read(_folder(tmp_path), split="val")[0].images == (tmp_path / "coco/train2017/000000000007.jpg",)
 
 
 @pytest.mark.parametrize(

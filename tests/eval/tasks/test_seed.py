@@ -18,14 +18,15 @@ def _folder(root: Path) -> Path:
         {"question_id": 1, "image": "SEED-Bench-image/1", "text": "How many?", "category": 2},
         {"question_id": "v2", "image": "SEED-Bench-video-image/v2.png", "text": "Then?", "category": 10},
     ]
-    (root / "llava-seed-bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (root / "seed_bench").mkdir()
+    (root / "seed_bench/llava-seed-bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     annotations = [
         {"question_id": "0", "answer": "A", "data_type": "image", "question_type_id": 1},
         {"question_id": "1", "answer": "B", "data_type": "image", "question_type_id": 2},
         {"question_id": "v2", "answer": "C", "data_type": "video", "question_type_id": 10},
     ]
     types = {"Scene Understanding": 1, "Instance Counting": 2, "Action Recognition": 10}
-    (root / "SEED-Bench.json").write_text(json.dumps({"question_type": types, "questions": annotations}))
+    (root / "seed_bench/SEED-Bench.json").write_text(json.dumps({"question_type": types, "questions": annotations}))
     return root
 
 
@@ -44,7 +45,7 @@ def test_the_letter_must_stand_alone_and_a_type_without_a_hit_is_zero(tmp_path: 
 
 def test_a_half_is_asked_alone(tmp_path: Path) -> None:
     (video,) = SEED().read(_folder(tmp_path), split="video")
-    assert video.images == (tmp_path / "SEED-Bench-video-image/v2.png",)
+    assert video.images == (tmp_path / "seed_bench/SEED-Bench-video-image/v2.png",)
     assert video.max_new_tokens == 128
     assert SEED().score([video], [AnswerRow("v2", "A")]).headline == {"total": 0.0, "video": 0.0}
 
@@ -60,11 +61,11 @@ def test_the_upload_has_the_annotations_own_ids(tmp_path: Path) -> None:
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     root = _folder(tmp_path)
-    lines = (root / "llava-seed-bench.jsonl").read_text().splitlines(keepends=True)
-    (root / "llava-seed-bench.jsonl").write_text("".join(lines[:2]))
+    lines = (root / "seed_bench/llava-seed-bench.jsonl").read_text().splitlines(keepends=True)
+    (root / "seed_bench/llava-seed-bench.jsonl").write_text("".join(lines[:2]))
     with pytest.raises(DataError, match=r"2 of 3 questions; it was cut"):
         SEED().read(root, split=None)
-    (root / "llava-seed-bench.jsonl").write_text("".join(lines) + lines[0].replace(": 0", ": 7"))
+    (root / "seed_bench/llava-seed-bench.jsonl").write_text("".join(lines) + lines[0].replace(": 0", ": 7"))
     with pytest.raises(DataError, match="question 7 is not in"):
         SEED().read(root, split=None)
     with pytest.raises(DataError, match="no split 'test'"):

@@ -14,8 +14,8 @@ from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
 PROMPT = "Describe the image in detail."
 _ROWS = 5000
-_PICTURES = "coco_karpathy_val.json"
-_CAPTIONS = "coco_karpathy_val_gt.json"
+_PICTURES = "coco_caption/coco_karpathy_val.json"
+_CAPTIONS = "coco_caption/coco_karpathy_val_gt.json"
 _NUMBER = re.compile(r"\d{12}")
 
 
@@ -29,9 +29,9 @@ class COCOCaption:
         return TaskFacts(
             title="COCO Caption, Karpathy's validation split",
             files=[
-                TaskFile(_PICTURES, "the pictures of the split", source + _PICTURES, rows=_ROWS),
-                TaskFile(_CAPTIONS, "their captions, in COCO's layout", source + _CAPTIONS, rows=_ROWS),
-                TaskFile("val2014", "COCO val2014 pictures", "https://cocodataset.org"),
+                TaskFile(_PICTURES, "the pictures of the split", source + Path(_PICTURES).name, rows=_ROWS),
+                TaskFile(_CAPTIONS, "their captions, in COCO's layout", source + Path(_CAPTIONS).name, rows=_ROWS),
+                TaskFile("coco/val2014", "COCO val2014 pictures", "https://cocodataset.org"),
             ],
             prompt=PROMPT,
             decoding={"temperature": 0.0, "max_new_tokens": 50, "num_beams": 3, "length_penalty": -1.0},
@@ -61,7 +61,7 @@ class COCOCaption:
             if key not in references:
                 raise DataError(f"{path}: row {index}: picture {key} has no captions in {root / _CAPTIONS}")
             meta = {"captions": references[key], "split": "val"}
-            questions.append(Question(key, PROMPT, (root / row["image"],), meta, 50))
+            questions.append(Question(key, PROMPT, (root / "coco" / row["image"],), meta, 50))
         return questions
 
     def _references(self, root: Path) -> dict[str, tuple[str, ...]]:

@@ -34,8 +34,8 @@ class HallusionBench:
         return TaskFacts(
             title="HallusionBench",
             files=[
-                TaskFile("HallusionBench.json", "questions", source, rows=_ROWS),
-                TaskFile("hallusion_bench", "pictures: category/subcategory/set_figure.png", source),
+                TaskFile("HallusionBench/HallusionBench.json", "questions", source, rows=_ROWS),
+                TaskFile("HallusionBench/hallusion_bench", "pictures: category/subcategory/set_figure.png", source),
             ],
             prompt="{question}",
             decoding={"temperature": 0.0, "max_new_tokens": 1024},
@@ -53,6 +53,7 @@ class HallusionBench:
     def read(self, root: Path, *, split: str | None) -> list[Question]:
         if split is not None:
             raise DataError(f"{self.name}: no split {split!r}; there is only one")
+        root = root / "HallusionBench"
         path, what = root / "HallusionBench.json", "HallusionBench's list of questions"
         questions = []
         for index, row in enumerate(read_json(path, what=what)):

@@ -46,7 +46,7 @@ class LlavaBench:
 
     name: str
     kind: str
-    files: tuple[str, str, str, str]
+    files: tuple[str, ...]
     rows: int
     published: Mapping[str, float]
 
@@ -214,7 +214,10 @@ def _describe_picture(context: Mapping[str, Any], *, origin: str) -> str:
 LLAVA_BENCH = LlavaBench(
     "llava_bench",
     "wild",
-    ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images"),
+    tuple(
+        "llava-bench-in-the-wild/" + name
+        for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images")
+    ),
     60,
     {"llava-1.5-7b": 65.4, "llava-1.5-13b": 72.5, "llava-1.5-7b-lora": 67.9, "llava-1.5-13b-lora": 69.5}
     | {"llava-1.6-vicuna-7b": 81.6, "llava-1.6-vicuna-13b": 87.3, "llava-1.6-mistral-7b": 83.2, "llava-1.6-34b": 89.6},
@@ -222,7 +225,12 @@ LLAVA_BENCH = LlavaBench(
 LLAVA_BENCH_COCO = LlavaBench(
     "llava_bench_coco",
     "coco",
-    ("qa90_questions.jsonl", "caps_boxes_coco2014_val_80.jsonl", "qa90_gpt4_answer.jsonl", "val2014"),
+    (
+        "llava_bench_coco/qa90_questions.jsonl",
+        "llava_bench_coco/caps_boxes_coco2014_val_80.jsonl",
+        "llava_bench_coco/qa90_gpt4_answer.jsonl",
+        "coco/val2014",
+    ),
     90,
     {"llava-v0-13b": 85.1},
 )

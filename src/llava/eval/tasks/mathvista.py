@@ -14,7 +14,7 @@ from llava.eval.reading import check_keys, match_answers, read_json, read_text, 
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
 _ROWS = 1000
-_DATA, _EXAMPLES = "data/testmini.json", "evaluation/prompts/ext_ans.py"
+_DATA, _EXAMPLES = "MathVista/data/testmini.json", "MathVista/evaluation/prompts/ext_ans.py"
 _HINTS = {
     "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end.",
     "float1": "requiring a floating-point number with one decimal place and provide the final value, e.g., 1.2, 1.3,"
@@ -32,7 +32,7 @@ _STATED = re.compile(r'The answer is "(.*)"\.')
 
 
 class MathVista:
-    """root: a clone of MathVista's repository, with the pictures in data/images."""
+    """ROOT/MathVista is a clone of its repository, with the pictures in data/images."""
 
     name = "mathvista"
 
@@ -43,7 +43,7 @@ class MathVista:
             files=[
                 TaskFile(_DATA, "questions and answers", source, rows=_ROWS),
                 TaskFile(_EXAMPLES, "the head of the judge's prompt", source),
-                TaskFile("data/images", "pictures", "https://huggingface.co/datasets/AI4Math/MathVista"),
+                TaskFile("MathVista/data/images", "pictures", "https://huggingface.co/datasets/AI4Math/MathVista"),
             ],
             prompt="Question: {question} (Unit: {unit})\nChoices:\n(A) {choice}\nHint: {hint}\nSolution:",
             decoding={"temperature": 0.0, "max_new_tokens": 1024},
@@ -195,7 +195,7 @@ def _query(row: Mapping[str, Any], *, origin: str) -> str:
 
 
 def _picture(root: Path, row: Mapping[str, Any]) -> Path:
-    return root / "data" / str(row["image"])
+    return root / "MathVista/data" / str(row["image"])
 
 
 def _read_examples(path: Path) -> str:

@@ -41,11 +41,15 @@ _PREDICTION_COLUMN = 6
 
 @dataclass(frozen=True)
 class MMBench:
-    """One of the three. tables: the names that each split's TSV goes by; the first that is there is read."""
+    """One of the three.
+
+    folder: where its tables are. tables: the names that each split's TSV goes by; the first that is there is read.
+    """
 
     name: str
     title: str
     suffix: str
+    folder: str
     tables: Mapping[str, tuple[str, ...]]
     published: Mapping[str, float]
 
@@ -53,7 +57,10 @@ class MMBench:
         source = "https://github.com/open-compass/MMBench"
         return TaskFacts(
             title=self.title,
-            files=[TaskFile(" or ".join(names), f"{split}: a TSV", source) for split, names in self.tables.items()],
+            files=[
+                TaskFile(f"{self.folder}/{names[0]}", f"{split}: a TSV, or {', '.join(names[1:])}", source)
+                for split, names in self.tables.items()
+            ],
             prompt="{hint}\n{question}\nA. {A}\nB. {B}\n...\n" + self.suffix,
             decoding={"temperature": 0.0, "max_new_tokens": 1024},
             published_metric="overall",
@@ -72,6 +79,7 @@ class MMBench:
         split = split or next(iter(self.tables))
         if split not in self.tables:
             raise DataError(f"{self.name}: no split {split!r}; there are {', '.join(self.tables)}")
+        root = root / self.folder
         path = next((root / name for name in self.tables[split] if (root / name).is_file()), None)
         if path is None:
             raise DataError(
@@ -229,6 +237,7 @@ MMBENCH = MMBench(
     "mmbench",
     "MMBench",
     SUFFIX_ENGLISH,
+    "mmbench",
     {
         "dev": ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "MMBench_DEV_EN_legacy.tsv"),
         "test": ("mmbench_test_20230712.tsv", "MMBench_TEST_EN.tsv", "MMBench_TEST_EN_legacy.tsv"),
@@ -240,6 +249,7 @@ MMBENCH_CN = MMBench(
     "mmbench_cn",
     "MMBench, Chinese",
     SUFFIX_CHINESE,
+    "mmbench_cn",
     {
         "dev": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "MMBench_DEV_CN_legacy.tsv"),
         "test": ("mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv", "MMBench_TEST_CN_legacy.tsv"),
@@ -248,5 +258,5 @@ MMBENCH_CN = MMBench(
     | {"llava-1.6-vicuna-7b": 60.6, "llava-1.6-vicuna-13b": 64.4, "llava-1.6-mistral-7b": 61.2, "llava-1.6-34b": 79.0},
 )
 CCBENCH = MMBench(
-    "ccbench", "CCBench", SUFFIX_CHINESE, {"test": ("CCBench.tsv", "CCBench_legacy.tsv", "ccbench.tsv")}, {}
+    "ccbench", "CCBench", SUFFIX_CHINESE, "ccbench", {"test": ("CCBench.tsv", "CCBench_legacy.tsv", "ccbench.tsv")}, {}
 )

@@ -56,7 +56,7 @@ class MMMU:
             title="MMMU, validation",
             files=[
                 TaskFile(
-                    "{subject}/validation-*.parquet",
+                    "MMMU/{subject}/validation-*.parquet",
                     "questions and pictures of thirty subjects",
                     "https://huggingface.co/datasets/MMMU/MMMU",
                     rows=_ROWS,
@@ -80,6 +80,7 @@ class MMMU:
     def read(self, root: Path, *, split: str | None) -> list[Question]:
         if split not in (None, "validation"):
             raise DataError(f"{self.name}: no split {split!r}; answers are public for validation only")
+        root = root / "MMMU"
         store = PictureStore(root / "validation_pictures")
         questions = []
         for subject in SUBJECTS:

@@ -65,8 +65,8 @@ class MMVet:
         return TaskFacts(
             title="MM-Vet",
             files=[
-                TaskFile("mm-vet.json", "questions, answers and capabilities", source, rows=_ROWS),
-                TaskFile("images", "pictures", source),
+                TaskFile("mm-vet/mm-vet.json", "questions, answers and capabilities", source, rows=_ROWS),
+                TaskFile("mm-vet/images", "pictures", source),
             ],
             prompt="{question}",
             decoding={"temperature": 0.0, "max_new_tokens": 1024},
@@ -90,6 +90,7 @@ class MMVet:
     def read(self, root: Path, *, split: str | None) -> list[Question]:
         if split is not None:
             raise DataError(f"{self.name}: no split {split!r}; there is only one")
+        root = root / "mm-vet"
         path, what = root / "mm-vet.json", "MM-Vet's questions: imagename, question, answer, capability by id"
         content = read_json(path, what=what)
         check_keys(content, (), origin=str(path), what=what)

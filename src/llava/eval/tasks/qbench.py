@@ -26,10 +26,10 @@ class QBench:
             title="Q-Bench (LLVisionQA)",
             files=[
                 *(
-                    TaskFile(f"llvisionqa_{split}.json", "questions", source, rows=rows)
+                    TaskFile(f"qbench/llvisionqa_{split}.json", "questions", source, rows=rows)
                     for split, rows in _ROWS.items()
                 ),
-                TaskFile("images", "pictures", source),
+                TaskFile("qbench/images", "pictures", source),
             ],
             prompt="{question}\nChoose between one of the options as follows:\nA. {candidate}\nB. ...\n",
             decoding={"temperature": 0.0, "max_new_tokens": 1024},
@@ -48,6 +48,7 @@ class QBench:
         split = split or "dev"
         if split not in _ROWS:
             raise DataError(f"{self.name}: no split {split!r}; there are {', '.join(_ROWS)}")
+        root = root / "qbench"
         path, what = root / f"llvisionqa_{split}.json", "Q-Bench's list of img_path, question, candidates"
         questions = []
         for index, row in enumerate(read_json(path, what=what)):

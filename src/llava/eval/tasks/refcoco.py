@@ -34,7 +34,7 @@ class RefCOCO:
             TaskFile(f"{self.name}/{self.name}_{split}.json", "phrases and boxes", "MiniGPT-4's eval_data", rows=count)
             for split, count in self.rows.items()
         ]
-        files.append(TaskFile("train2014 (or train2017)", "COCO's train pictures", "https://cocodataset.org"))
+        files.append(TaskFile("coco/train2014", "COCO's train pictures (or coco/train2017)", "https://cocodataset.org"))
         return TaskFacts(
             title={"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg"}[self.name],
             files=files,
@@ -99,8 +99,8 @@ def _picture(root: Path, image_id: str, *, origin: str) -> Path:
     found = _PICTURE_NUMBER.search(image_id)
     if found is None:
         raise DataError(f"{origin}: img_id {image_id!r} holds no COCO picture's twelve digits")
-    newer = root / "train2017" / f"{found[0]}.jpg"
-    return newer if newer.is_file() else root / "train2014" / f"COCO_train2014_{found[0]}.jpg"
+    newer = root / "coco/train2017" / f"{found[0]}.jpg"
+    return newer if newer.is_file() else root / "coco/train2014" / f"COCO_train2014_{found[0]}.jpg"
 
 
 def to_grid(bbox: Sequence[float], *, width: float, height: float) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ from llava.errors import DataError
 from llava.eval.reading import check_keys, match_answers, read_json, read_lines
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
-_QUESTIONS, _ANNOTATIONS = "llava-seed-bench.jsonl", "SEED-Bench.json"
+_QUESTIONS, _ANNOTATIONS = "seed_bench/llava-seed-bench.jsonl", "seed_bench/SEED-Bench.json"
 _KINDS = ("image", "video")
 _ROWS = {"image": 14_233, "video": 5_009}
 
@@ -28,9 +28,12 @@ class SEED:
             files=[
                 TaskFile(_QUESTIONS, "the questions as LLaVA asks them", "LLaVA's eval.zip, folder seed_bench"),
                 TaskFile(_ANNOTATIONS, "answers and types", "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"),
-                TaskFile("SEED-Bench-image", "pictures", "the same", rows=_ROWS["image"]),
+                TaskFile("seed_bench/SEED-Bench-image", "pictures", "the same", rows=_ROWS["image"]),
                 TaskFile(
-                    "SEED-Bench-video-image", "middle frames", "LLaVA's extract_video_frames.py", rows=_ROWS["video"]
+                    "seed_bench/SEED-Bench-video-image",
+                    "middle frames",
+                    "LLaVA's extract_video_frames.py",
+                    rows=_ROWS["video"],
                 ),
             ],
             prompt="{question}\nA. {choice_a}\n...\nAnswer with the option's letter from the given choices directly.",
@@ -66,7 +69,7 @@ class SEED:
                 raise DataError(f"{path}: question {key} is not in {root / _ANNOTATIONS}; take both of one version")
             meta = annotations[key]
             if split in ("all", meta["kind"]):
-                questions.append(Question(key, row["text"], (root / row["image"],), meta, 128))
+                questions.append(Question(key, row["text"], (root / "seed_bench" / row["image"],), meta, 128))
         if split == "all" and len(questions) < len(annotations):
             raise DataError(f"{path}: {len(questions):,} of {len(annotations):,} questions; it was cut, fetch it again")
         return questions
