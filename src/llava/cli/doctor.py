@@ -29,6 +29,8 @@ _EXTRAS = {
     "track": "numbers of a run in TensorBoard, Weights & Biases or trackio",
     "parquet": "data sets in parquet files",
     "serve": "answering over HTTP",
+    "caption": "METEOR and the tokenizer of COCO Caption's scores (needs Java too)",
+    "xlsx": "the file that MMBench's server takes",
     "test": "this project's own tests",
 }
 

@@ -1,7 +1,8 @@
 """How much arithmetic a run needs, how fast a device does it, and so how many hours it takes.
 
 *Needed* FLOPs are what the mathematics asks for: no recomputation, no padding, weight gradients only of what trains,
-scores only at answer positions. Model FLOPs utilisation (MFU) is needed FLOPs a second over the device's peak
+scores only at answer positions; the last block counts whole, as is customary, though only a part of it is computed
+(model/last_block.py). Model FLOPs utilisation (MFU) is needed FLOPs a second over the device's peak
 (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). Published LLaVA-1.5 training reached 26 % (7B, stage 2) and 29 %
 (stage 1) on A100s by this count.
 
