@@ -86,7 +86,7 @@ def measure(layers: int, repeats: int) -> dict[str, float]:
     losses: dict[str, float] = {}
     for _ in range(repeats):
         for name, (step, by_trees) in cases.items():
-            trainer._by_trees = by_trees
+            trainer.parallel.step_loss.way = "layout" if by_trees else "mask"
             seconds = processor_time(lambda step=step, name=name: losses.update({name: trainer.step(step).loss}))
             best[name] = min(best[name], seconds)
     last = best["trees, attention by trees"]
