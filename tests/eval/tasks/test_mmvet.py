@@ -109,3 +109,11 @@ def test_a_row_without_its_capability_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mm-vet/mm-vet.json").write_text('{"v1_0": {"imagename": "a", "question": "b", "answer": "c"}}')
     with pytest.raises(DataError, match=r"mm-vet\.json: v1_0: no capability"):
         TASK.read(tmp_path, split=None)
+
+
+def test_a_file_that_lost_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mm-vet").mkdir()
+    row = {"imagename": "a.png", "question": "b", "answer": "c", "capability": ["rec"]}
+    (tmp_path / "mm-vet/mm-vet.json").write_text(json.dumps({f"v1_{number}": row for number in range(217)}))
+    with pytest.raises(DataError, match="217 rows, but the published file has 218"):
+        TASK.read(tmp_path, split=None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import DataError
+from llava.eval.matching import check_rows, first_there
 from llava.eval.metrics import caption_tokens
 from llava.eval.metrics.captions import bleu, cider, rouge_l
 from llava.eval.reading import check_keys, match_answers, read_json, row_notes
@@ -50,7 +51,7 @@ class COCOCaption:
         if split not in (None, "val"):
             raise DataError(f"{self.name}: no split {split!r}; there is val")
         references = self._references(root)
-        path, what = root / _PICTURES, "Karpathy's list of image and caption"
+        path, what = first_there(root / _PICTURES, root / Path(_PICTURES).name), "Karpathy's list of image and caption"
         questions = []
         for index, row in enumerate(read_json(path, what=what)):
             check_keys(row, ("image",), origin=f"{path}: row {index}", what=what)
@@ -61,11 +62,16 @@ class COCOCaption:
             if key not in references:
                 raise DataError(f"{path}: row {index}: picture {key} has no captions in {root / _CAPTIONS}")
             meta = {"captions": references[key], "split": "val"}
-            questions.append(Question(key, PROMPT, (root / "coco" / row["image"],), meta, 50))
+            picture = first_there(root / "coco" / row["image"], root / row["image"])
+            questions.append(Question(key, PROMPT, (picture,), meta, 50))
+        check_rows(len(questions), _ROWS, path=path)
         return questions
 
     def _references(self, root: Path) -> dict[str, tuple[str, ...]]:
-        path, what = root / _CAPTIONS, "the captions in COCO's layout: annotations of image_id and caption"
+        path, what = (
+            first_there(root / _CAPTIONS, root / Path(_CAPTIONS).name),
+            "the captions in COCO's layout: annotations of image_id and caption",
+        )
         content = read_json(path, what=what)
         check_keys(content, ("annotations",), origin=str(path), what=what)
         found: dict[str, tuple[str, ...]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.eval.judge import JudgeRequest, replies_of
+from llava.eval.matching import check_rows
 from llava.eval.reading import check_keys, match_answers, read_json, row_notes
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
@@ -69,6 +70,7 @@ class HallusionBench:
             questions.append(Question(key, row["question"], images, meta, 1024))
         if not questions:
             raise DataError(f"{path}: no questions; fetch it again")
+        check_rows(len(questions), _ROWS, path=path)
         return questions
 
     def judge_requests(self, questions: Sequence[Question], answers: Sequence[AnswerRow]) -> list[JudgeRequest]:

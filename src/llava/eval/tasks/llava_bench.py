@@ -13,6 +13,7 @@ from typing import Any
 from llava.errors import DataError
 from llava.eval.answers import write_answers
 from llava.eval.judge import JUDGED, JudgeRequest, replies_of
+from llava.eval.matching import check_rows
 from llava.eval.reading import match_answers, read_lines, row_notes
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
@@ -97,6 +98,7 @@ class LlavaBench:
                 "reference_id": reference.get("answer_id", reference["question_id"]),
             }
             questions.append(Question(str(row["question_id"]), row["text"], (folder / row["image"],), meta, 1024))
+        check_rows(len(questions), self.rows, path=asked)
         return questions
 
     def judge_requests(self, questions: Sequence[Question], answers: Sequence[AnswerRow]) -> list[JudgeRequest]:

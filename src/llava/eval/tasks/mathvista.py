@@ -10,6 +10,7 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.eval.judge import JUDGED, JudgeRequest
+from llava.eval.matching import check_rows
 from llava.eval.reading import check_keys, match_answers, read_json, read_text, row_notes
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
@@ -73,6 +74,7 @@ class MathVista:
             questions.append(Question(key, _query(row, origin=f"{path}: {key}"), (_picture(root, row),), meta, 1024))
         if not questions:
             raise DataError(f"{path}: no problems; fetch it again")
+        check_rows(len(questions), _ROWS, path=path)
         return questions
 
     def judge_requests(self, questions: Sequence[Question], answers: Sequence[AnswerRow]) -> list[JudgeRequest]:

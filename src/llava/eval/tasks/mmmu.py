@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError, MissingExtraError
+from llava.eval.matching import check_rows
 from llava.eval.metrics.mmmu_parsing import guess, matches_open, parse_choice, parse_open
 from llava.eval.pictures import PictureStore
 from llava.eval.reading import check_keys, match_answers, row_notes
@@ -91,6 +92,7 @@ class MMMU:
             raise DataError(
                 f"{root}: no {SUBJECTS[0]}/validation-*.parquet nor any other subject's; --describe says more"
             )
+        check_rows(len(questions), _ROWS, path=root)
         return questions
 
     def score(self, questions: Sequence[Question], answers: Sequence[AnswerRow], *, strict: bool = False) -> Score:

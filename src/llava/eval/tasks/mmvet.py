@@ -12,6 +12,7 @@ import numpy as np
 
 from llava.errors import DataError
 from llava.eval.judge import JudgeRequest, replies_of
+from llava.eval.matching import check_rows
 from llava.eval.reading import check_keys, match_answers, read_json, row_notes
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
@@ -101,6 +102,7 @@ class MMVet:
             questions.append(Question(key, row["question"], (root / "images" / row["imagename"],), meta, 1024))
         if not questions:
             raise DataError(f"{path}: no questions; fetch it again")
+        check_rows(len(questions), _ROWS, path=path)
         return questions
 
     def judge_requests(self, questions: Sequence[Question], answers: Sequence[AnswerRow]) -> list[JudgeRequest]:

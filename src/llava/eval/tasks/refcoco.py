@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llava.errors import DataError, name_nearest
+from llava.eval.matching import check_rows, first_there
 from llava.eval.reading import check_keys, match_answers, read_json, row_notes
 from llava.eval.task import AnswerRow, Question, Score, TaskFacts, TaskFile
 
@@ -70,6 +71,7 @@ class RefCOCO:
             questions.append(Question(str(index), PROMPT.format(phrase=row["sents"]), (picture,), meta, 100))
         if not questions:
             raise DataError(f"{path}: no rows; it is {what}; fetch it again")
+        check_rows(len(questions), self.rows[split], path=path)
         return questions
 
     def score(self, questions: Sequence[Question], answers: Sequence[AnswerRow], *, strict: bool = False) -> Score:
@@ -99,8 +101,13 @@ def _picture(root: Path, image_id: str, *, origin: str) -> Path:
     found = _PICTURE_NUMBER.search(image_id)
     if found is None:
         raise DataError(f"{origin}: img_id {image_id!r} holds no COCO picture's twelve digits")
-    newer = root / "coco/train2017" / f"{found[0]}.jpg"
-    return newer if newer.is_file() else root / "coco/train2014" / f"COCO_train2014_{found[0]}.jpg"
+    older = f"COCO_train2014_{found[0]}.jpg"
+    return first_there(
+        root / "coco/train2014" / older,
+        root / "coco/train2017" / f"{found[0]}.jpg",
+        root / "train2014" / older,
+        root / "train2017" / f"{found[0]}.jpg",
+    )
 
 
 def to_grid(bbox: Sequence[float], *, width: float, height: float) -> tuple[int, int, int, int]:
