@@ -1,4 +1,4 @@
-"""What one benchmark made of one model, kept in a folder so that reports and comparisons need no model:
+"""What one benchmark made of one model, in a folder, so that reports and comparisons need no model.
 
 OUT/<task>/answers.jsonl     the answers, in the original's format
 OUT/<task>/result.json       figures, tables, notes, interval, and all that made them
