@@ -42,18 +42,21 @@ def launch(arguments: Sequence[str], *, processes: int, module: str = "llava") -
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, but not by name
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env=_environment(number, processes, port=store.port),
-            stdin=subprocess.PIPE,
-            # A Ctrl-C in the terminal comes here alone, and is passed on once.
-            start_new_session=True,
-        )
-        for number in range(processes)
-    ]
+    workers: list[subprocess.Popen[bytes]] = []
     try:
-        with _signals_passed_on(workers):
+        with _signals_passed_on(workers) as passed:
+            for number in range(processes):
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, *arguments],
+                        env=_environment(number, processes, port=store.port),
+                        stdin=subprocess.PIPE,
+                        # A Ctrl-C in the terminal comes here alone, and is passed on once.
+                        start_new_session=True,
+                    )
+                )
+            for signal_number in passed:  # what came while they were being started reached the first ones only
+                _send(workers, signal_number)
             _wait(workers, lambda: any(store.check([prefix + FAILED_KEY]) for prefix in _PREFIXES))
     finally:
         ours = _kill(workers)
@@ -95,18 +98,26 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], one_has_failed: Callable[[
 
 
 @contextmanager
-def _signals_passed_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _signals_passed_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass Ctrl-C and SIGTERM on to the workers there are; the list that it gives grows by each."""
+    passed: list[int] = []
+
     def pass_on(number: int, frame: object) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+        passed.append(number)
+        _send(workers, number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _send(workers: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
 
 
 def _kill(workers: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 # Set by train/launch.py: standard input is then a pipe whose end means that the launcher is gone.
 LIFELINE = "LLAVA_LIFELINE"
@@ -47,8 +48,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
         asked.set()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    if os.environ.get(LIFELINE):
-        threading.Thread(target=_stop_with_launcher, daemon=True).start()
+    _watch_launcher()
     try:
         yield asked
     finally:
@@ -78,6 +78,7 @@ def leaving_on_request(tell: Callable[[], None]) -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, note)
+    _watch_launcher()
     try:
         yield
     except Exception as error:
@@ -88,6 +89,13 @@ def leaving_on_request(tell: Callable[[], None]) -> Iterator[None]:
         for timer in overdue:
             timer.cancel()
         signal.signal(signal.SIGINT, before)
+
+
+@cache
+def _watch_launcher() -> None:
+    """Begin to look, once a process, whether the one that launched this one is still there."""
+    if os.environ.get(LIFELINE):
+        threading.Thread(target=_stop_with_launcher, daemon=True).start()
 
 
 def _stop_with_launcher() -> None:
