@@ -60,7 +60,7 @@ def test_an_unknown_section_names_the_sections(tmp_path: Path) -> None:
         ("optim.epochs='3'", "optim.epochs: '3'"),
         ("run.keep=0", "run.keep: 0"),
         ("tune.projector=thawed", "tune.projector: 'thawed'"),
-        ("data.files=mix.json", "data.files: 'mix.json'"),
+        ("data.files=mix.json", "data.files: 'mix.json': input should be a valid list; write [mix.json]"),
         ("optim.learning_rat=1", "did you mean 'learning_rate'"),
         ("optim", "an override is section.key=value"),
         ("=1", "an override is section.key=value"),

@@ -123,6 +123,8 @@ def closing_lines(report: Report, summary: dict[str, Any]) -> Iterator[str]:
 def sharing_line(report: Report) -> str:
     """What prefix sharing saves on this data, in one sentence."""
     sharing, limits = report.sharing, report.limits
+    if sharing.tokens_alone == 0:
+        return "Prefix sharing: nothing to count, as no conversation can be used."
     pictures = (
         f"pictures encoded an epoch: {sharing.pictures_alone:,} alone, {sharing.pictures_shared:,} shared "
         f"({sharing.picture_ratio:.2f}x fewer)"

@@ -254,6 +254,8 @@ def _explain(error: ValidationError, where: Mapping[Path_, str], source: str) ->
         text = f"{place}: {name or 'recipe'}: {first['ctx']['error']}"
     else:
         text = f"{place}: {name}: {first['input']!r}: {_lower_first(first['msg'])}"
+    if first["type"] == "list_type" and isinstance(first["input"], str):
+        text += f"; write [{first['input']}]"
     others = len(problems) - 1
     return text + (f" (and {others} more)" if others else "")
 
