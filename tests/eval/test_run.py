@@ -131,6 +131,17 @@ def test_the_split_hash_changes_with_what_is_asked_and_not_with_where_it_lies(ro
     assert split_hash(questions[:3], tmp_path) != split_hash(questions, tmp_path)
 
 
+def test_a_figure_that_happens_to_lie_near_the_mean_is_not_taken_for_it(root: Path) -> None:
+    class Near(MadeUp):
+        def score(self, questions: Sequence[Question], answers: Sequence[AnswerRow], *, strict: bool = False) -> Score:
+            score = super().score(questions, answers)
+            return Score({"accuracy": 75.00123}, {}, [], "", score.correct)
+
+    questions = MadeUp().read(root, split=None)
+    answers = [AnswerRow(key, text) for key, text in WORDS.items()]
+    assert score_answers(Near(), questions, answers, root=root, folder=None).interval is None
+
+
 def test_a_figure_that_is_no_mean_of_the_answers_has_no_interval(root: Path) -> None:
     class Harmonic(MadeUp):
         def score(self, questions: Sequence[Question], answers: Sequence[AnswerRow], *, strict: bool = False) -> Score:

@@ -188,12 +188,16 @@ def _intervals(
     mean = sum(values) / len(values)
     figure = score.headline.get(metric, math.nan)
     found = bootstrap(values, [question.images or question.id for question in judged])
-    # some official tools round to four digits
-    scale = next((scale for scale in (1.0, 100.0) if abs(figure / scale - mean) < 5.1e-5), None)
+    scale = next((scale for scale in (1.0, 100.0) if _is_rounded(figure, scale * mean)), None)
     if scale is None:
         said = f"answers right: {mean:.1%}, 95 % interval {found.low:.1%} to {found.high:.1%}"
         return None, [said]
     return (scale * found.low, scale * found.high), []
+
+
+def _is_rounded(figure: float, mean: float) -> bool:
+    """Whether a figure is this mean, or this mean rounded, as some official tools do."""
+    return math.isclose(figure, mean, rel_tol=1e-9) or any(figure == round(mean, digits) for digits in range(1, 5))
 
 
 def _reference(meta: Mapping[str, Any]) -> str:

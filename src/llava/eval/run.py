@@ -94,7 +94,9 @@ def run_task(
     told = {name: value for name, value in decoding.items() if name != "max_new_tokens"}
     folder = out / task.name
     described = answerer.describe()
-    metadata = {name: described[name] for name in ("weights", "template", "endpoint") if described.get(name)} | told
+    metadata = {
+        name: described[name] for name in ("weights", "template", "dtype", "endpoint") if described.get(name)
+    } | told
     mine = asking.shard.of(questions)
     heard = progress or Progress()
     began = time.monotonic()
