@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server as something that answers questions, and the HTTP client that judges share.
+"""An OpenAI-compatible server as something that answers questions.
 
     with ChatEndpoint("http://localhost:8000/v1", model="llava-1.5-7b") as endpoint:
         reply = endpoint.ask([{"role": "user", "content": "Hello"}], temperature=0, max_tokens=8)

@@ -99,7 +99,8 @@ def _radar(results: Sequence[Result], model: str) -> str:
     for result in results:
         for name, value in result.published.items():
             series.setdefault(name, {})[result.task] = value
-    drawn = radar(axes, series)
+    # alone, a model is its own best on every axis: a regular polygon that says nothing
+    drawn = radar(axes, series) if len(series) > 1 else ""
     if not drawn:
         return ""
     said = "From the centre, 0, to just over the best figure of each benchmark. Points show figures when pointed at."
