@@ -59,7 +59,7 @@ def train(
 ) -> None:
     """Train a model as a recipe says. Stopped with Ctrl-C it saves; the same command goes on from there.
 
-    Example: llava train llava-v1.5-7b-instruct model.path=runs/align data.files=[mine.json] --out runs/mine
+    Example: llava train llava-v1.5-7b-instruct model.path=runs/align data.files=\\[mine.json] --out runs/mine
     """
     from llava.train.recipe import load_recipe
 
