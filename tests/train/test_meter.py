@@ -1,5 +1,7 @@
 """MFU is needed work over possible work; memory is what the process took."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,6 +26,17 @@ def test_mfu_is_the_share_of_what_all_devices_could_have_done(monkeypatch: pytes
     one, four = (Meter(model, device=CPU, dtype=torch.float32, processes=n) for n in (1, 4))
     assert one.mfu(step) == pytest.approx(needed / possible)
     assert four.mfu(step) == pytest.approx(needed / possible / 4)
+
+
+def test_a_peak_measured_too_low_is_measured_again_and_no_step_is_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "_known_device", lambda device, dtype: Device("busy", 1e-12, 0, measured=True))
+    monkeypatch.setattr(meter, "measure_rate", lambda device, dtype: 1e-11)
+    model = build_tiny_llava()
+    apply_stage(model, TuneSection())
+    read = Meter(model, device=CPU, dtype=torch.float32)
+    quick, slow = record(1), record(2)
+    assert read.mfu(quick) == pytest.approx(1.0)
+    assert read.mfu(replace(slow, seconds=2 * quick.seconds + quick.waited_seconds)) == pytest.approx(0.5)
 
 
 def test_memory_is_what_the_process_took_at_most() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava.model.llava import Llava
-from llava.train.throughput import Cost, Device, Work, this_device
+from llava.train.throughput import Cost, Device, Work, measure_rate, this_device
 
 if TYPE_CHECKING:
     from llava.train.loop import StepRecord
@@ -23,6 +23,7 @@ class Meter:
         self._device = device
         self._dtype = dtype
         self._processes = processes
+        self._seen = 0.0  # TFLOP/s, where a measured peak turned out too low
 
     @property
     def device(self) -> Device:
@@ -32,8 +33,13 @@ class Meter:
     def mfu(self, record: StepRecord) -> float:
         """Needed FLOPs of a step over what all devices could have done in its time, waiting for data included."""
         work = Work(record.tokens, record.answer_tokens, record.tiles, record.pairs)
-        possible = self.device.teraflops * 1e12 * self._processes * (record.seconds + record.waited_seconds)
-        return self._cost.of(work) / max(possible, 1.0)
+        seconds = self._processes * (record.seconds + record.waited_seconds)
+        reached = self._cost.of(work) / max(seconds, 1e-9) / 1e12
+        peak = max(self.device.teraflops, self._seen)
+        if reached > peak and self.device.measured:
+            # Measured while other programs had the processor: measure again, and no step is faster than the peak.
+            peak = self._seen = max(reached, measure_rate(self._device, self._dtype))
+        return reached / max(peak, 1e-12)
 
     def memory(self) -> int:
         """The most bytes that were taken so far: of the device's allocator, or of this process on a CPU."""

@@ -28,6 +28,7 @@ import llava
 from llava.data.sources import iterate_origins
 from llava.distributed import any_process, joined, pick_device, process_count, process_number, share_object
 from llava.errors import TrainingError
+from llava.train.feature_choice import FOLDER as FEATURES
 from llava.train.feeding import BAD_SAMPLES
 from llava.train.journal import Journal, UnsavedError, naming_unsaved, read_lines, write_durably
 from llava.train.loop import StepRecord
@@ -46,6 +47,7 @@ from llava.train.stopping import RunStoppedError, asked_to_stop
 from llava.train.trackers import require_trackers
 
 _log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -237,6 +239,7 @@ def _finish(prepared: Prepared) -> None:
         save_run(prepared.recipe, prepared.loaded, out_dir, summaries=prepared.summaries, versions=_versions())
         _describe(prepared, state="finished")
     shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out_dir / FEATURES, ignore_errors=True)
 
 
 def _sample(prepared: Prepared, step: int, watcher: Watcher, journal: Journal) -> None:
