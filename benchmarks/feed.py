@@ -4,9 +4,10 @@
 
 Per core and in processor time (best of three): a 640 x 480 JPEG decoded, padded to a square, resized to 336 pixels and
 normalised, held against PIL's own steps done one by one (equal bytes, 5e-7 after normalising); a conversation of some
-390 tokens tokenised and labelled; a step laid out as trees and written to tensors. Then pictures and rows a second from `--cores`, and what a
-device may need: LLaVA-1.5-7B takes 15 (stage 2) to 44 rows a second (stage 1, eight A100s), a 0.5B language model some
-400, a pass that only fills the feature cache some 1,500. `starves_at` is the rate above which the device would wait.
+390 tokens tokenised and labelled; a step laid out as trees and written to tensors. Then pictures and rows a second from
+`--cores`, and what a device may need: LLaVA-1.5-7B takes 15 (stage 2) to 44 rows a second (stage 1, eight A100s), a
+0.5B language model some 400, a pass that only fills the feature cache some 1,500. `starves_at` is the rate above which
+the device would wait.
 Prints one JSON line.
 """
 
