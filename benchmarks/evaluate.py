@@ -26,7 +26,8 @@ import llava
 from llava.eval.answers import AnswerLog
 from llava.eval.runner import LocalModel, ask_all
 from llava.eval.task import Question
-from llava.inference.engine import Engine, EngineLimits
+from llava.inference.engine import Engine
+from llava.inference.requests import EngineLimits
 from llava.inference.talk import Model
 
 PICTURES, EACH, NEW_TOKENS = 3, 18, 3

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava.inference.engine import Engine, EngineLimits, Request
+from llava.inference.engine import Engine
+from llava.inference.requests import EngineLimits, Request
 from llava.inference.sampling import SamplingParams
 from llava.prompt.processor import Encoded
 

@@ -31,7 +31,8 @@ from llava.checkpoint.convert import convert
 from llava.checkpoint.huggingface import save
 from llava.distributed import cpu_has_bfloat16
 from llava.inference.answer import Assistant
-from llava.inference.engine import Engine, EngineLimits
+from llava.inference.engine import Engine
+from llava.inference.requests import EngineLimits
 from llava.inference.sampling import SamplingParams
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava

@@ -23,7 +23,8 @@ from llava.checkpoint.gguf_vocabulary import CONTROL, PRE_TOKENIZERS, UNUSED, US
 from llava.checkpoint.names import common_name
 from llava.checkpoint.weights import Source, held
 from llava.errors import CheckpointError, MissingExtraError
-from llava.inference.engine import Engine, Request
+from llava.inference.engine import Engine
+from llava.inference.requests import Request
 from llava.inference.sampling import SamplingParams
 from llava.model.config import LlavaConfig
 from llava.model.llava import Llava

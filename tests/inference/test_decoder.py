@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from llava.inference.decoder import PlainDecoder
-from llava.inference.engine import Engine, Request
+from llava.inference.engine import Engine
 from llava.inference.lean import LeanDecoder, choose_decoder
+from llava.inference.requests import Request
 from llava.inference.sampling import SamplingParams
 from tests.inference.models import Seeing, prompt, random_ids, tiny_llama, tiny_mistral, tiny_qwen2
 

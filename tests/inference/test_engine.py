@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llava.errors import ContextLengthError, EngineError, OutOfMemoryError
 from llava.inference.decoder import Group
-from llava.inference.engine import Engine, EngineLimits, Request
+from llava.inference.engine import Engine
+from llava.inference.requests import EngineLimits, Request
 from llava.inference.sampling import SamplingParams
 from tests.inference.models import Seeing, prompt, random_ids, tiny_llama
 

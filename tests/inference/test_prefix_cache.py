@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.inference.decoder import Decoder, PlainDecoder
-from llava.inference.engine import Engine, EngineLimits, Request
+from llava.inference.engine import Engine
 from llava.inference.lean import LeanDecoder
 from llava.inference.prefix_cache import MIN_TOKENS, PrefixCache, Stored, agreement, content_of
+from llava.inference.requests import EngineLimits, Request
 from llava.inference.sampling import SamplingParams
 from llava.prompt.processor import Encoded
 from tests.inference.models import Seeing, random_ids, tiny_llama

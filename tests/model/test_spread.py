@@ -9,8 +9,9 @@ import torch
 
 from llava.errors import UsageError
 from llava.inference.decoder import PlainDecoder
-from llava.inference.engine import Engine, Request
+from llava.inference.engine import Engine
 from llava.inference.lean import is_lean
+from llava.inference.requests import Request
 from llava.inference.sampling import SamplingParams
 from llava.model.llava import Llava
 from llava.model.spread import block_list, carry_between, place_of, plan_spread, spread_devices

@@ -12,7 +12,7 @@ import typer
 from llava.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from llava.inference.engine import EngineLimits
+    from llava.inference.requests import EngineLimits
     from llava.serve.keys import Keys
     from llava.serve.limits import ServeLimits
     from llava.serve.worker import Worker
@@ -75,7 +75,7 @@ def serve(
         if error.name is not None and error.name.startswith("llava"):
             raise
         raise MissingExtraError("the server", "serve") from None
-    from llava.inference.engine import EngineLimits
+    from llava.inference.requests import EngineLimits
     from llava.serve.keys import Keys
     from llava.serve.limits import ServeLimits
     from llava.serve.logs import configure

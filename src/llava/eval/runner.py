@@ -22,7 +22,7 @@ from llava.eval.answers import AnswerLog
 from llava.eval.task import AnswerRow, Question
 
 if TYPE_CHECKING:
-    from llava.inference.engine import Request
+    from llava.inference.requests import Request
     from llava.inference.sampling import SamplingParams
     from llava.inference.talk import Model
     from llava.prompt.processor import Encoded, PreparedImage
@@ -160,7 +160,7 @@ class LocalModel:
         if int(decoding.get("num_beams", 1)) > 1:
             self._search(prompts, decoding, on_answer)
             return
-        from llava.inference.engine import Request
+        from llava.inference.requests import Request
 
         asked: list[Question] = []
 

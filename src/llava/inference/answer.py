@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llava.inference.detokenize import StreamDetokenizer
-from llava.inference.engine import Engine, FinishReason, Generation
+from llava.inference.engine import Engine
+from llava.inference.requests import FinishReason, Generation
 from llava.inference.sampling import SamplingParams
 
 if TYPE_CHECKING:

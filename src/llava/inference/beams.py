@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llava.errors import EngineError
-from llava.inference.engine import Completion, Engine, FinishReason
+from llava.inference.engine import Engine
+from llava.inference.requests import Completion, FinishReason
 from llava.inference.sampling import SamplingParams
 from llava.prompt.processor import Encoded
 

@@ -19,9 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,148 +29,26 @@ from torch import Tensor
 from llava.errors import ContextLengthError, EngineError, LlavaError, OutOfMemoryError
 from llava.inference.decoder import Decoder, Group, LlavaLike
 from llava.inference.lean import choose_decoder
-from llava.inference.pictures import FeatureStore, Picture, read_pictures
-from llava.inference.prefix_cache import PrefixCache, Stored, content_of
-from llava.inference.sampling import Sampler, SamplingParams, TokenLogprobs, read_logprobs
+from llava.inference.pictures import FeatureStore, read_pictures
+from llava.inference.prefix_cache import PrefixCache, content_of
+from llava.inference.requests import (
+    GREEDY,
+    Batch,
+    Completion,
+    EngineLimits,
+    Generation,
+    Job,
+    PromptRead,
+    Request,
+)
+from llava.inference.sampling import Sampler, SamplingParams, read_logprobs
 from llava.prompt.processor import Encoded
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-_GREEDY = SamplingParams()
 
 # What a model raises for an input that it cannot take: it ends the requests at hand, and each raises it to its owner.
 _REQUEST_ERRORS = (LlavaError, RuntimeError, ValueError)
 
 # Prompts without a picture are read together when at least this many of their first tokens agree.
 _MIN_SHARED_TOKENS = 32
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One question: an encoded prompt (`Processor.encode(conversation, open_turn=True)`) and how to answer it."""
-
-    encoded: Encoded
-    params: SamplingParams = _GREEDY
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One answer. token_ids ends with the stop token when finish_reason is "stop".
-
-    logprobs: one entry a token where SamplingParams asked for them, else empty.
-    """
-
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine may take at once."""
-
-    max_active: int = 256
-    """Answers stepped together."""
-    max_cache_bytes: int = 4 * 2**30
-    """Keys and values of all answers under way; a single larger request still runs, alone."""
-    max_feature_bytes: int = 256 * 2**20
-    """Image features kept for pictures that are asked about again."""
-    max_prefix_bytes: int = 2**30
-    """Keys and values kept of prompts and answers that others may begin with; 0 keeps none."""
-
-
-class Generation:
-    """One request on its way. Iterating gives its token ids as they come, and steps the engine meanwhile."""
-
-    def __init__(self, engine: Engine, request: Request, *, max_new_tokens: int) -> None:
-        self._engine = engine
-        self.request = request
-        self.max_new_tokens = max_new_tokens
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason: FinishReason | None = None
-        self.error: BaseException | None = None
-        """What ended it, when something did; iterating raises it."""
-        self.cancelled = False
-        """Whether somebody asked for its end."""
-
-    @property
-    def done(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
-    def cancel(self) -> None:
-        """End the answer where it is and give its memory back."""
-        self._engine.cancel(self)
-
-    def completion(self) -> Completion:
-        """The finished answer. Raises what ended it, when something did."""
-        if self.error is not None:
-            raise self.error
-        assert self.finish_reason is not None, "asked for the completion of an answer under way"
-        return Completion(
-            tuple(self.token_ids),
-            self.finish_reason,
-            len(self.request.encoded.input_ids),
-            tuple(self.logprobs),
-        )
-
-    def __iter__(self) -> Iterator[int]:
-        given = 0
-        while True:
-            while given < len(self.token_ids):
-                given += 1
-                yield self.token_ids[given - 1]
-            if self.error is not None:
-                raise self.error
-            if self.done:
-                return
-            self._engine.step()
-
-
-@dataclass(eq=False)
-class _Job:
-    """A generation with what the engine needs to work on it."""
-
-    generation: Generation
-    branch: int
-    ids: NDArray[np.int64]
-    pictures: tuple[Picture, ...]
-    end_of_pictures: int
-    """Index after the last placeholder, 0 without pictures."""
-    picture_ends: tuple[int, ...]
-    """For each picture, how many placeholders there are up to its last."""
-    content: NDArray[np.int64]
-    """Its tokens with every placeholder told apart by its picture; equal content is equal input."""
-    sampler: Sampler | None
-    """None when the batch's argmax is the answer."""
-    stop_token_ids: frozenset[int] = field(default_factory=frozenset)
-    shared: int = 0
-    """How many of its first tokens it was read together with others."""
-
-
-@dataclass(frozen=True, eq=False)
-class PromptRead:
-    """A prompt that was read: its branch in the decoder, logits (1, V) after it, and how long an answer may be."""
-
-    branch: int
-    logits: Tensor
-    max_new_tokens: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Jobs whose prompts are read together.
-
-    shared: how many first tokens all of them have in common; known: what was computed for the first `known_length` of
-    them before; unread: the pictures that are not wholly among those.
-    """
-
-    jobs: tuple[_Job, ...]
-    shared: int
-    known: Stored | None
-    known_length: int
-    unread: tuple[Picture, ...]
 
 
 class Engine:
@@ -195,8 +71,8 @@ class Engine:
         self._image_token_id: int = model.config.image_token_id
         self._lock = threading.RLock()
         self._numbers = count()
-        self._waiting: deque[_Job] = deque()
-        self._active: list[_Job] = []
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []
         self._only_read = False
         self._features = FeatureStore(model, max_bytes=self._limits.max_feature_bytes)
         self.prefixes = PrefixCache(max_bytes=self._limits.max_prefix_bytes)
@@ -220,7 +96,7 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def submit(self, encoded: Encoded, params: SamplingParams = _GREEDY) -> Generation:
+    def submit(self, encoded: Encoded, params: SamplingParams = GREEDY) -> Generation:
         """Queue a request. Raises ContextLengthError, before any work, when the prompt leaves no room for an answer."""
         job = self._make_job(encoded, params)
         self._waiting.append(job)  # without the lock: nobody should wait for a step to end in order to queue
@@ -335,9 +211,9 @@ class Engine:
         self._remember(stopped)
         self._free(stopped)
 
-    def _admit(self) -> list[list[_Job]]:
+    def _admit(self) -> list[list[Job]]:
         """Take waiting jobs as far as the limits allow; those with the same beginning stand together."""
-        groups: dict[tuple[tuple[bytes, ...], bytes], list[_Job]] = {}
+        groups: dict[tuple[tuple[bytes, ...], bytes], list[Job]] = {}
         active = len(self._active)
         budget = self._limits.max_cache_bytes // max(self.decoder.bytes_per_token, 1)
         used = sum(len(job.ids) + job.generation.max_new_tokens for job in self._active)
@@ -355,7 +231,7 @@ class Engine:
             groups.setdefault(key, []).append(self._waiting.popleft())
         return list(groups.values())
 
-    def _look_up(self, jobs: Sequence[_Job]) -> _Batch:
+    def _look_up(self, jobs: Sequence[Job]) -> Batch:
         """Split prompts into what they share and what is each one's own, and find what of the former is known."""
         first = jobs[0]
         shared = _shared_length([job.ids for job in jobs]) if len(jobs) > 1 else 0
@@ -365,9 +241,9 @@ class Engine:
         unread = tuple(picture for picture, end in zip(first.pictures, first.picture_ends, strict=True) if end > before)
         for job in jobs:
             job.shared = shared
-        return _Batch(tuple(jobs), shared or known_length, known, known_length, unread)
+        return Batch(tuple(jobs), shared or known_length, known, known_length, unread)
 
-    def _start(self, batch: _Batch) -> None:
+    def _start(self, batch: Batch) -> None:
         """Read a batch's prompts and pick their first tokens. What goes wrong is the batch's, not the engine's."""
         jobs = batch.jobs
         self._active.extend(jobs)
@@ -397,7 +273,7 @@ class Engine:
             self._fail(jobs, error)
             raise
 
-    def _pick(self, jobs: Sequence[_Job], logits: Tensor) -> None:
+    def _pick(self, jobs: Sequence[Job], logits: Tensor) -> None:
         """Choose each job's next token. logits: (len(jobs), V)."""
         best_values, best_ids = logits.max(dim=-1)
         ids: list[int] = best_ids.tolist()
@@ -426,7 +302,7 @@ class Engine:
             reason = "the model's output is not finite; its weights or its number format are damaged"
             self._fail(broken, EngineError(reason))
 
-    def _remember(self, jobs: Sequence[_Job]) -> None:
+    def _remember(self, jobs: Sequence[Job]) -> None:
         """Keep what was computed for answers that end, for prompts that begin like them."""
         for job in jobs:
             generation = job.generation
@@ -442,13 +318,13 @@ class Engine:
             if stored is not None and stored.length <= len(content):
                 self.prefixes.store(content[: stored.length], stored)
 
-    def _free(self, jobs: Sequence[_Job]) -> None:
+    def _free(self, jobs: Sequence[Job]) -> None:
         if jobs:
             gone = {job.branch for job in jobs}
             self._active = [job for job in self._active if job.branch not in gone]
             self.decoder.free(sorted(gone))
 
-    def _fail(self, jobs: Sequence[_Job], error: BaseException) -> None:
+    def _fail(self, jobs: Sequence[Job], error: BaseException) -> None:
         """End jobs with an error, which each of them raises to whoever iterates over it."""
         for job in jobs:
             if not job.generation.done:
@@ -469,7 +345,7 @@ class Engine:
             )
         return room
 
-    def _make_job(self, encoded: Encoded, params: SamplingParams) -> _Job:
+    def _make_job(self, encoded: Encoded, params: SamplingParams) -> Job:
         room = self.room_after(encoded)
         generation = Generation(self, Request(encoded, params), max_new_tokens=min(params.max_new_tokens, room))
         ids = np.ascontiguousarray(encoded.input_ids, dtype=np.int64)
@@ -484,7 +360,7 @@ class Engine:
             picture_ends = rows * len(pictures)
         end = int(np.flatnonzero(is_image)[-1]) + 1 if is_image.any() else 0
         sampler = None if params.plain else Sampler(params, ids[~is_image].tolist())
-        return _Job(
+        return Job(
             generation=generation,
             branch=next(self._numbers),
             ids=ids,
@@ -496,7 +372,7 @@ class Engine:
             stop_token_ids=frozenset(params.stop_token_ids),
         )
 
-    def _make_group(self, batch: _Batch) -> Group:
+    def _make_group(self, batch: Batch) -> Group:
         rows = [torch.tensor(job.ids, device=self.decoder.device) for job in batch.jobs]
         features = self._features.read(batch.unread)
         if features is not None:

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava.errors import EngineError, LlavaError, QueueFullError
-from llava.inference.engine import Engine, FinishReason, Generation
+from llava.inference.engine import Engine
+from llava.inference.requests import FinishReason, Generation
 from llava.inference.sampling import SamplingParams, TokenLogprobs
 from llava.prompt.processor import Encoded
 

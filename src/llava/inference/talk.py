@@ -27,8 +27,8 @@ from llava.errors import LlavaError, UsageError, name_nearest
 from llava.inference.answer import AnswerStream, Assistant
 from llava.inference.beams import search_beams
 from llava.inference.detokenize import StreamDetokenizer
-from llava.inference.engine import Completion, Request
 from llava.inference.pictures_in import Pictures, gather_pictures
+from llava.inference.requests import Completion, Request
 from llava.inference.sampling import SamplingParams
 from llava.prompt.conversation import Conversation, Image, Message, Text
 from llava.prompt.processor import Encoded

@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from llava.checkpoint.load import load
-from llava.inference.engine import Engine, Request
+from llava.inference.engine import Engine
+from llava.inference.requests import Request
 from llava.inference.sampling import SamplingParams
 from llava.prompt import conversation as talk
 from llava.quickstart.measure import Answerer

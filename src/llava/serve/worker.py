@@ -18,7 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from llava.errors import ContextLengthError, EngineError, LlavaError
-from llava.inference.engine import Engine, EngineLimits
+from llava.inference.engine import Engine
+from llava.inference.requests import EngineLimits
 from llava.inference.sampling import SamplingParams
 from llava.inference.service import DoneEvent, EngineService, ErrorEvent, Event, Ticket, TokenEvent
 from llava.prompt.conversation import Conversation, Message, Text

@@ -18,7 +18,8 @@ import torch
 
 from llava.checkpoint.quantised import would_lose_its_gradient
 from llava.errors import ImageError
-from llava.inference.engine import Engine, Request
+from llava.inference.engine import Engine
+from llava.inference.requests import Request
 from llava.inference.sampling import SamplingParams
 from llava.model.added_rows import write_added_rows
 from llava.model.llava import Llava
