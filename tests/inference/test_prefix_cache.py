@@ -78,6 +78,14 @@ def test_the_second_turn_reads_only_what_is_new(decoder: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+def test_a_prompt_asked_again_reads_its_last_token_only(decoder: type[Any]) -> None:
+    asked, _, read = engine(decoder)
+    first = answer(asked, random_ids(30, seed=1))
+    assert answer(asked, random_ids(30, seed=1)) == first
+    assert read == [30, 1]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_another_picture_is_never_taken_for_the_one_before(decoder: type[Any]) -> None:
     asked, seeing, _ = engine(decoder)
     ids = [5, 63, 63, *random_ids(30, seed=3)]
